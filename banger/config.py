@@ -1,0 +1,240 @@
+"""Where things are, and what the user may set.
+
+Directories follow the XDG base directory specification. Settings come from
+`$XDG_CONFIG_HOME/banger/config.toml`; a key banger does not know is refused by name.
+"""
+
+from __future__ import annotations
+
+import os
+import tomllib
+from pathlib import Path
+
+import msgspec
+
+from banger.errors import InvalidRequest
+from banger.model import Value
+
+# sun_path of sockaddr_un holds 108 bytes with its NUL (unix(7)).
+MAX_SOCKET_PATH = 107
+
+
+class VmPaths(Value):
+    """Every path of one VM, derived here and joined nowhere else."""
+
+    vm: str
+    directory: Path
+    runtime: Path
+
+    @property
+    def overlay(self) -> Path:
+        """The writable layer over the shared image, ext4 in a sparse file."""
+        return self.directory / "overlay.ext4"
+
+    @property
+    def work(self) -> Path:
+        """The disk mounted at /root, ext4 in a sparse file."""
+        return self.directory / "work.ext4"
+
+    @property
+    def host_key(self) -> Path:
+        """The guest's SSH host key (OpenSSH format)."""
+        return self.directory / "host_key"
+
+    @property
+    def known_hosts(self) -> Path:
+        """The known_hosts file that pins the guest's host key."""
+        return self.directory / "known_hosts"
+
+    @property
+    def initrd(self) -> Path:
+        """The kernel bundle's initrd with this VM's own files appended."""
+        return self.directory / "initrd"
+
+    @property
+    def console(self) -> Path:
+        """What the guest wrote to its serial console."""
+        return self.directory / "console.log"
+
+    @property
+    def vmm_log(self) -> Path:
+        """What the VMM itself complained about since its last start."""
+        return self.directory / "vmm.log"
+
+    @property
+    def pidfile(self) -> Path:
+        """Written and locked by the VMM."""
+        return self.runtime / f"{self.vm}.pid"
+
+    @property
+    def qmp(self) -> Path:
+        """The VMM's control socket."""
+        return self.runtime / f"{self.vm}.qmp"
+
+    @property
+    def agent(self) -> Path:
+        """The guest agent's channel."""
+        return self.runtime / f"{self.vm}.agent"
+
+
+class Dirs(Value):
+    """The directories of one owner."""
+
+    config: Path
+    state: Path
+    cache: Path
+    runtime: Path
+
+    @property
+    def database(self) -> Path:
+        """The event log, its projections and the work queue."""
+        return self.state / "banger.db"
+
+    @property
+    def socket(self) -> Path:
+        """The daemon's socket."""
+        return self.runtime / "daemon.sock"
+
+    @property
+    def daemon_lock(self) -> Path:
+        """Held by the daemon for as long as it lives."""
+        return self.state / "daemon.lock"
+
+    @property
+    def work_bell(self) -> Path:
+        """FIFO that wakes an idle worker."""
+        return self.runtime / "work.fifo"
+
+    @property
+    def event_bell(self) -> Path:
+        """FIFO that tells the daemon of new events."""
+        return self.runtime / "events.fifo"
+
+    @property
+    def log_file(self) -> Path:
+        """JSON log lines of the daemon and its workers."""
+        return self.state / "log.jsonl"
+
+    @property
+    def accelerator(self) -> Path:
+        """What was found out about KVM and the TSC, valid until the host boots again."""
+        return self.state / "accelerator.json"
+
+    @property
+    def user_key(self) -> Path:
+        """The SSH key that guests let in; its public half is beside it with `.pub`."""
+        return self.state / "id_ed25519"
+
+    def vm(self, vm: str) -> VmPaths:
+        """Derive the paths of the VM with this id."""
+        return VmPaths(vm=vm, directory=self.state / "vms" / vm, runtime=self.runtime)
+
+    def make(self) -> None:
+        """Create the directories, private to the owner."""
+        for path in (self.state, self.cache, self.runtime, self.state / "vms"):
+            path.mkdir(mode=0o700, parents=True, exist_ok=True)
+
+
+def find_dirs(environ: dict[str, str] | None = None) -> Dirs:
+    """Derive the directories from the environment (XDG base directory specification 0.8).
+
+    Raises InvalidRequest when the runtime directory is too deep for a socket.
+    """
+    env = dict(os.environ) if environ is None else environ
+    home = Path(env.get("HOME") or "~").expanduser()
+    state = Path(env.get("XDG_STATE_HOME") or home / ".local" / "state") / "banger"
+    user_run = Path(f"/run/user/{os.getuid()}")
+    if given := env.get("XDG_RUNTIME_DIR"):
+        runtime = Path(given) / "banger"
+    elif os.access(user_run, os.W_OK):
+        runtime = user_run / "banger"
+    else:
+        runtime = state / "run"
+    longest = runtime / "vm-00000000.agent"
+    if len(os.fsencode(longest)) > MAX_SOCKET_PATH:
+        raise InvalidRequest(
+            f"{runtime} is too long a path for a socket.",
+            hint="Set XDG_RUNTIME_DIR to a shorter directory.",
+        )
+    return Dirs(
+        config=Path(env.get("XDG_CONFIG_HOME") or home / ".config") / "banger",
+        state=state,
+        cache=Path(env.get("XDG_CACHE_HOME") or home / ".cache") / "banger",
+        runtime=runtime,
+    )
+
+
+class Config(Value):
+    """The settings of config.toml; a value of None means: derive it from this host."""
+
+    image: str = "debian-12"
+    kernel: str = "debian-12"
+    vcpu: int | None = None
+    memory_mib: int | None = None
+    disk_mib: int = 8192
+    overlay_mib: int = 8192
+    nat: bool = False
+    accelerator: str = "auto"
+    workers: int | None = None
+    ready_timeout_s: float = 60.0
+
+
+class Size(Value):
+    """A resolved size and where it came from (`config` or `host`)."""
+
+    value: int
+    source: str
+
+
+class Sizes(Value):
+    """What a VM gets when nothing is asked for."""
+
+    vcpu: Size
+    memory_mib: Size
+    disk_mib: Size
+
+
+def load(dirs: Dirs) -> Config:
+    """Read config.toml; a missing file means the defaults.
+
+    Raises InvalidRequest naming the file and the key that is unknown or wrong.
+    """
+    path = dirs.config / "config.toml"
+    try:
+        text = path.read_text("utf-8")
+    except FileNotFoundError:
+        return Config()
+    try:
+        return msgspec.convert(tomllib.loads(text), Config)
+    except (tomllib.TOMLDecodeError, msgspec.ValidationError) as error:
+        raise InvalidRequest(
+            f"{path}: {error}", hint="Known keys: " + ", ".join(Config.__struct_fields__)
+        ) from None
+
+
+def host_memory_mib() -> int:
+    """Give the host's RAM in MiB."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // (1 << 20)
+
+
+def host_cpus() -> int:
+    """Give the number of CPUs this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+def sizes(config: Config) -> Sizes:
+    """Resolve default sizes: from config, else from the host.
+
+    vcpu = cpus / 4, between 1 and 4. memory = RAM / 8, between 256 MiB and 8 GiB.
+    """
+
+    def pick(configured: int | None, derived: int) -> Size:
+        if configured is not None:
+            return Size(value=configured, source="config")
+        return Size(value=derived, source="host")
+
+    return Sizes(
+        vcpu=pick(config.vcpu, max(1, min(4, host_cpus() // 4))),
+        memory_mib=pick(config.memory_mib, max(256, min(8192, host_memory_mib() // 8))),
+        disk_mib=Size(value=config.disk_mib, source="config"),
+    )

@@ -1,0 +1,1 @@
+"""What happened: vocabulary, append, read, fold, projections."""

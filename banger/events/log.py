@@ -1,0 +1,235 @@
+"""The event log: append, read, verify.
+
+One SQLite file per owner. An append and its projections (the queue is one of them) are ONE
+transaction, so none is ever ahead of another. Writers take turns through a file lock before they
+BEGIN: SQLite's own busy handler is unfair under load. A writer holds the lock for microseconds.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import itertools
+import os
+import sqlite3
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from peewee import SqliteDatabase
+
+from banger.errors import DiskFull
+from banger.events import tables
+from banger.events import vocabulary as ev
+from banger.events.bell import Bell
+from banger.events.projections import project
+from banger.events.vocabulary import Actor, Event, Recorded
+
+_encoder = msgspec.json.Encoder()
+_decoder = msgspec.json.Decoder(ev.AnyEvent)
+_actor_decoder = msgspec.json.Decoder(Actor)
+
+COLUMNS = "seq, stream, version, op, data, actor, time_us, boot_us"
+_NO_HASH = b"\0" * 32
+_CROCKFORD = "0123456789abcdefghjkmnpqrstvwxyz"
+_EPOCH_MS = 1_735_689_600_000  # 2025-01-01: 40 bits of milliseconds last until 2059
+
+
+def boot_us() -> int:
+    """Give CLOCK_BOOTTIME in microseconds: it neither jumps nor stops while suspended."""
+    return time.clock_gettime_ns(time.CLOCK_BOOTTIME) // 1000
+
+
+def mint(prefix: str, salt: int = 0) -> str:
+    """Make an id that sorts by time, for example `op-27f3k9qd` (Crockford's base 32)."""
+    number = time.time_ns() // 1_000_000 - _EPOCH_MS + salt
+    letters = "".join(_CROCKFORD[number >> shift & 31] for shift in range(35, -1, -5))
+    return f"{prefix}-{letters}"
+
+
+def row_hash(prev: bytes, row: tuple[Any, ...]) -> bytes:
+    """Chain one row: sha256 over the previous hash and the row's canonical JSON."""
+    return hashlib.sha256(prev + _encoder.encode(row)).digest()
+
+
+class Tx:
+    """One transaction on the log, held by `EventLog.transaction`."""
+
+    def __init__(self, db: sqlite3.Connection, actor: str):
+        self.db = db
+        self.recorded: list[Recorded] = []
+        self.work_ready = False
+        self._actor = actor
+        last = db.execute("SELECT seq, hash FROM event ORDER BY seq DESC LIMIT 1").fetchone()
+        self._seq: int = last[0] if last else 0
+        self._hash: bytes = last[1] if last else _NO_HASH
+
+    def mint_op(self) -> str:
+        """Make an operation id that no other operation has."""
+        for salt in itertools.count():
+            op = mint("op", salt)
+            if self.db.execute("SELECT 1 FROM op WHERE op = ?", (op,)).fetchone() is None:
+                return op
+        raise AssertionError
+
+    def append(self, stream: str, event: Event, *, op: str | None = None) -> Recorded:
+        """Append one event to a stream and apply it to the projections.
+
+        Raises AlreadyExists when a projection's unique key (a VM's name) is taken.
+        """
+        version = self.db.execute(
+            "SELECT coalesce(max(version), 0) + 1 FROM event WHERE stream = ?", (stream,)
+        ).fetchone()[0]
+        seq, time_us, now_us = self._seq + 1, time.time_ns() // 1000, boot_us()
+        kind, data = ev.type_of(event), _encoder.encode(event).decode()
+        row = (seq, stream, version, op, kind, ev.SCHEMA, data, self._actor, time_us, now_us)
+        digest = row_hash(self._hash, row)
+        self.db.execute(
+            "INSERT INTO event (seq, stream, version, op, type, schema, data, actor, time_us, boot_us,"
+            " prev, hash) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            (*row, self._hash, digest),
+        )
+        self._seq, self._hash = seq, digest
+        recorded = Recorded(
+            seq=seq,
+            stream=stream,
+            version=version,
+            op=op,
+            event=event,  # type: ignore[arg-type]  # every Event subclass is in the union
+            actor=_actor_decoder.decode(self._actor),
+            time_us=time_us,
+            boot_us=now_us,
+        )
+        if project(self.db, recorded):
+            self.work_ready = True
+        self.recorded.append(recorded)
+        return recorded
+
+
+class EventLog:
+    """The log of one owner, opened by one process.
+
+    Give each process its own: an SQLite connection does not survive a fork.
+    """
+
+    def __init__(self, database: Path, work_bell: Path, event_bell: Path, role: str):
+        self.path = database
+        self.work_bell = Bell(work_bell)
+        self.event_bell = Bell(event_bell)
+        self._actor = _encoder.encode(Actor(uid=os.getuid(), pid=os.getpid(), role=role)).decode()
+        self._lock = os.open(f"{database}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        self.peewee = SqliteDatabase(
+            str(database),
+            pragmas={"journal_mode": "wal", "synchronous": "normal", "busy_timeout": 10_000},
+        )
+        self.peewee.connect()
+        self.db: sqlite3.Connection = self.peewee.connection()  # type: ignore[no-untyped-call]
+        with self._locked(), self.peewee.bind_ctx(tables.TABLES):
+            self.peewee.create_tables(tables.TABLES)
+
+    def close(self) -> None:
+        """Close the database and the bells."""
+        self.peewee.close()
+        self.work_bell.close()
+        self.event_bell.close()
+        os.close(self._lock)
+
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[None]:
+        fcntl.flock(self._lock, fcntl.LOCK_EX)
+        try:
+            yield
+        finally:
+            fcntl.flock(self._lock, fcntl.LOCK_UN)
+
+    @contextlib.contextmanager
+    def transaction(self, *, durable: bool = False) -> Iterator[Tx]:
+        """Append any number of events as one; all of them or none.
+
+        `durable` waits for the disk (synchronous=FULL): for what acknowledges a request or ends
+        an operation. Without it a power cut, but no crash of a process, may take the last appends.
+        Raises DiskFull; whatever the block raises rolls everything back.
+        """
+        with self._locked():
+            try:
+                self.db.execute(f"PRAGMA synchronous = {'FULL' if durable else 'NORMAL'}")
+                self.db.execute("BEGIN IMMEDIATE")
+                tx = Tx(self.db, self._actor)
+                yield tx
+                self.db.execute("COMMIT")
+            except BaseException as error:
+                if self.db.in_transaction:
+                    self.db.execute("ROLLBACK")
+                if isinstance(error, sqlite3.OperationalError) and "full" in str(error):
+                    raise DiskFull("The event log cannot grow: the disk is full.") from error
+                raise
+        if tx.recorded:
+            self.event_bell.ring()
+        if tx.work_ready:
+            self.work_bell.ring()
+
+    def request(self, event: ev.OpRequested, *also: tuple[str, Event], own: Iterable[Event] = ()) -> str:
+        """Record a request and return its new op id.
+
+        In the same transaction go `also`, events of other streams, and `own`, further events of
+        the operation itself.
+        """
+        with self.transaction(durable=True) as tx:
+            op = tx.mint_op()
+            tx.append(op, event, op=op)
+            for stream, other in (*also, *((op, mine) for mine in own)):
+                tx.append(stream, other, op=op)
+        return op
+
+    def cancel(self, op: str) -> bool:
+        """Record that an operation is to be cancelled; False when it has ended already."""
+        with self.transaction(durable=True) as tx:
+            if tx.db.execute("SELECT 1 FROM work WHERE op = ?", (op,)).fetchone() is None:
+                return False
+            tx.append(op, ev.OpCancelRequested(), op=op)
+            return True
+
+    def read(
+        self, *, after: int = 0, stream: str | None = None, op: str | None = None, limit: int = -1
+    ) -> list[Recorded]:
+        """Read events with `seq > after` in order; of one stream or one operation if given."""
+        where, values = ["seq > ?"], [after]
+        for column, value in (("stream", stream), ("op", op)):
+            if value is not None:
+                where.append(f"{column} = ?")
+                values.append(value)  # type: ignore[arg-type]
+        rows = self.db.execute(
+            f"SELECT {COLUMNS} FROM event WHERE {' AND '.join(where)} ORDER BY seq LIMIT ?",  # noqa: S608  constant words
+            (*values, limit),
+        )
+        return [decode(row) for row in rows]
+
+    def last_seq(self) -> int:
+        """Give the number of the newest event; 0 when there is none."""
+        return int(self.db.execute("SELECT coalesce(max(seq), 0) FROM event").fetchone()[0])
+
+    def rebuild(self) -> None:
+        """Throw the projections away and make them again from the log."""
+        with self.transaction(durable=True) as tx:
+            for table in tables.PROJECTIONS:
+                tx.db.execute(f"DELETE FROM {table._meta.table_name}")  # noqa: S608  our own names
+            for row in tx.db.execute(f"SELECT {COLUMNS} FROM event ORDER BY seq").fetchall():  # noqa: S608
+                project(tx.db, decode(row))
+
+
+def decode(row: tuple[Any, ...]) -> Recorded:
+    """Make an event from its row (the columns of COLUMNS)."""
+    seq, stream, version, op, data, actor, time_us, boot = row
+    return Recorded(
+        seq=seq,
+        stream=stream,
+        version=version,
+        op=op,
+        event=_decoder.decode(data),
+        actor=_actor_decoder.decode(actor),
+        time_us=time_us,
+        boot_us=boot,
+    )

@@ -1,0 +1,202 @@
+"""Questions to the projections."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import msgspec
+
+from banger.errors import InvalidRequest, NotFound
+from banger.events import vocabulary as ev
+from banger.events.fold import Vm
+from banger.events.log import EventLog
+from banger.events.projections import vm_decoder
+from banger.events.tables import ArtifactRow, OpRow, ResourceRow, VmRow, WorkRow
+from banger.model import Resource
+
+
+class OpSummary(msgspec.Struct, frozen=True, kw_only=True):
+    """One operation in a list. `state`: waiting, running, undoing or ended."""
+
+    id: str
+    kind: str
+    vm: str | None
+    name: str | None
+    parent: str | None
+    state: str
+    fate: str | None
+    step: str | None
+    requested_us: int
+    ended_us: int | None
+    seconds: float | None
+    error: ev.Error | None
+
+
+class ArtifactSummary(msgspec.Struct, frozen=True, kw_only=True):
+    """A published image or kernel, as the log knows it."""
+
+    kind: str
+    name: str
+    digest: str
+    size_bytes: int
+    created_us: int
+    details: dict[str, Any]
+
+
+class HeldResource(msgspec.Struct, frozen=True, kw_only=True):
+    """A line of the ledger; `state` is intended or held."""
+
+    kind: str
+    id: str
+    state: str
+    vm: str | None
+    op: str
+    step: str
+
+
+def _one(log: EventLog, query: Any) -> Any:
+    return next(iter(query.limit(1).execute(log.peewee)), None)
+
+
+def _summary(row: Any) -> OpSummary:
+    return OpSummary(
+        id=row.op,
+        kind=row.kind,
+        vm=row.vm,
+        name=row.name,
+        parent=row.parent,
+        state=row.state,
+        fate=row.fate,
+        step=row.step,
+        requested_us=row.requested_us,
+        ended_us=row.ended_us,
+        seconds=row.seconds,
+        error=None if row.error is None else json.loads(row.error),
+    )
+
+
+def op(log: EventLog, op_id: str) -> OpSummary | None:
+    """Find one operation by its whole id."""
+    row = _one(log, OpRow.select().where(OpRow.op == op_id))
+    return None if row is None else _summary(row)
+
+
+def find_op(log: EventLog, short: str) -> OpSummary:
+    """Find one operation by its id or a unique beginning or end of it, with or without `op-`.
+
+    Raises NotFound, or InvalidRequest when several fit.
+    """
+    word = short.removeprefix("op-").lower()
+    if not word or not word.isalnum():
+        raise InvalidRequest(f"{short!r} is not an operation id.", hint="`banger ops list` shows them.")
+    fits = OpRow.op.startswith(f"op-{word}") | OpRow.op.endswith(word)
+    rows = list(OpRow.select().where(fits).limit(3).execute(log.peewee))
+    if not rows:
+        raise NotFound(f"There is no operation {short}.", hint="`banger ops list` shows them.")
+    if len(rows) > 1 and not any(row.op == f"op-{word}" for row in rows):
+        raise InvalidRequest(f"Several operations fit {short!r}.", hint="Give more of the id.")
+    return _summary(next((row for row in rows if row.op == f"op-{word}"), rows[0]))
+
+
+def ops(log: EventLog, *, limit: int, vm: str | None = None) -> list[OpSummary]:
+    """List operations, the newest first."""
+    query = OpRow.select().order_by(OpRow.op.desc()).limit(limit)
+    if vm is not None:
+        query = query.where(OpRow.vm == vm)
+    return [_summary(row) for row in query.execute(log.peewee)]
+
+
+def active_ops(log: EventLog) -> dict[str, OpSummary]:
+    """Map each VM to the operation that now works on it, or is the next to."""
+    query = OpRow.select().where(OpRow.state != "ended", OpRow.vm.is_null(False)).order_by(OpRow.op.desc())
+    return {row.vm: _summary(row) for row in query.execute(log.peewee)}
+
+
+def active_count(log: EventLog) -> int:
+    """Count the operations that have not ended."""
+    return int(WorkRow.select().count(log.peewee))
+
+
+def running_workers(log: EventLog) -> dict[int, str]:
+    """Map each busy worker's pid to its operation."""
+    query = WorkRow.select(WorkRow.pid, WorkRow.op).where(WorkRow.state == "running")
+    return {row.pid: row.op for row in query.execute(log.peewee)}
+
+
+def active_op(log: EventLog, kind: str, lane: str) -> str | None:
+    """Find an operation of this kind that is queued or running in a lane."""
+    found = log.db.execute(
+        "SELECT w.op FROM work w JOIN op o ON o.op = w.op WHERE w.lane = ? AND o.kind = ? AND w.cancel = 0"
+        " ORDER BY w.seq DESC LIMIT 1",
+        (lane, kind),
+    ).fetchone()
+    return None if found is None else str(found[0])
+
+
+def vm(log: EventLog, vm_id: str) -> Vm | None:
+    """Find one VM by its id."""
+    row = _one(log, VmRow.select().where(VmRow.vm == vm_id))
+    return None if row is None else vm_decoder.decode(row.data)
+
+
+def find_vm(log: EventLog, word: str) -> Vm:
+    """Find one VM by name or id. Raises NotFound."""
+    row = _one(log, VmRow.select().where((VmRow.name == word) | (VmRow.vm == word)))
+    if row is None:
+        raise NotFound(f"There is no VM named {word!r}.", hint="`banger ps -a` lists them all.")
+    return vm_decoder.decode(row.data)
+
+
+def vms(log: EventLog) -> list[Vm]:
+    """List every VM, the oldest first."""
+    query = VmRow.select(VmRow.data).order_by(VmRow.vm)
+    return [vm_decoder.decode(row.data) for row in query.execute(log.peewee)]
+
+
+def resources(log: EventLog, *, vm_id: str | None = None) -> list[HeldResource]:
+    """List the ledger: what operations acquired and nobody released; of one VM if given."""
+    query = ResourceRow.select().order_by(ResourceRow.time_us)
+    if vm_id is not None:
+        query = query.where(ResourceRow.vm == vm_id)
+    return [
+        HeldResource(kind=r.kind, id=r.id, state=r.state, vm=r.vm, op=r.op, step=r.step)
+        for r in query.execute(log.peewee)
+    ]
+
+
+def resources_of_vm(log: EventLog, vm_id: str) -> Iterator[Resource]:
+    """Give the resources that the ledger has for a VM."""
+    for held in resources(log, vm_id=vm_id):
+        yield msgspec.convert({"kind": held.kind, "id": held.id}, Resource)
+
+
+def resource_ids(log: EventLog, kind: str) -> set[str]:
+    """Give the ids of all resources of a kind that are intended or held."""
+    query = ResourceRow.select(ResourceRow.id).where(ResourceRow.kind == kind)
+    return {row.id for row in query.execute(log.peewee)}
+
+
+def artifact(log: EventLog, kind: str, name: str) -> ArtifactSummary | None:
+    """Find an image or kernel by name."""
+    wanted = (ArtifactRow.kind == kind) & (ArtifactRow.name == name)
+    row = _one(log, ArtifactRow.select().where(wanted))
+    return None if row is None else _artifact(row)
+
+
+def artifacts(log: EventLog, kind: str) -> list[ArtifactSummary]:
+    """List images or kernels by name."""
+    query = ArtifactRow.select().where(ArtifactRow.kind == kind).order_by(ArtifactRow.name)
+    return [_artifact(row) for row in query.execute(log.peewee)]
+
+
+def _artifact(row: Any) -> ArtifactSummary:
+    return ArtifactSummary(
+        kind=row.kind,
+        name=row.name,
+        digest=row.digest,
+        size_bytes=row.size_bytes,
+        created_us=row.created_us,
+        details=json.loads(row.details),
+    )

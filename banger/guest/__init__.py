@@ -1,0 +1,1 @@
+"""What is in a guest, and how it is reached."""

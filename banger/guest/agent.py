@@ -1,0 +1,65 @@
+"""Talk to the agent in the guest: lines over a virtio-serial port, a unix socket on this side.
+
+QEMU keeps what is written until the guest opens the port, so `hello` may be sent before there is a
+guest; the agent answers `ready` when the SSH server listens.
+"""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from banger.errors import Cancelled, GuestSilent, ProgramFailed
+
+LOOK_S = 0.25
+"""How often a wait looks whether it was cancelled or the VMM is gone; the answer itself wakes it."""
+
+MAX_ANSWER = 4096
+
+
+def wait_ready(
+    path: Path,
+    timeout_s: float,
+    *,
+    cancelled: Callable[[], bool],
+    alive: Callable[[], bool],
+    report: Callable[[], str],
+) -> None:
+    """Wait until the guest says that it is ready.
+
+    Raises GuestSilent after `timeout_s` seconds, ProgramFailed with `report()` when `alive()` turns
+    false, Cancelled when `cancelled()` turns true.
+    """
+    deadline = time.monotonic() + timeout_s
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as channel:
+        try:
+            channel.settimeout(LOOK_S)
+            channel.connect(str(path))
+            channel.sendall(b"hello\n")
+        except OSError:
+            raise ProgramFailed(f"The VMM ended before the guest was ready. {_brief(report())}") from None
+        heard = b""
+        while b"ready\n" not in heard:
+            try:
+                piece = channel.recv(MAX_ANSWER)
+            except TimeoutError:
+                piece = None
+            except OSError:
+                piece = b""
+            if piece == b"" or not alive():
+                raise ProgramFailed(f"The VMM ended before the guest was ready. {_brief(report())}")
+            heard = (heard + (piece or b""))[-MAX_ANSWER:]
+            if cancelled():
+                raise Cancelled
+            if time.monotonic() >= deadline:
+                raise GuestSilent(
+                    f"The guest did not say that it is ready within {timeout_s:g} s. {_brief(report())}",
+                    hint="`banger vm logs` shows its console; ready_timeout_s in config.toml is the wait.",
+                )
+
+
+def _brief(report: str) -> str:
+    lines = [line for line in report.splitlines() if line.strip()]
+    return f"It said: {lines[-1][:200]}" if lines else ""

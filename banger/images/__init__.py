@@ -1,0 +1,1 @@
+"""Where images and kernels come from, and how they are kept."""

@@ -1,0 +1,133 @@
+"""Get Debian packages from this machine's own package sources, without root."""
+
+from __future__ import annotations
+
+import os
+import pwd
+import re
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from banger import proc
+from banger.errors import HostLacks, ProgramFailed
+
+APT = Path("/etc/apt")
+TIMEOUT_S = 900.0
+# Nothing of this is read in a throw-away machine, and writing it takes a fifth of the time.
+_LEAVE_OUT = ("/usr/share/man/*", "/usr/share/doc/*", "/usr/share/locale/*", "/usr/share/info/*")
+
+
+def bootstrap(
+    out: Path,
+    *,
+    suite: str,
+    variant: str,
+    include: Sequence[str],
+    cancelled: Callable[[], bool],
+) -> None:
+    """Write a root file system of Debian packages to `out`, a tar archive.
+
+    `variant` is mmdebstrap's: `minbase` installs, `extract` only unpacks. Raises HostLacks when
+    this machine has no Debian package sources or mmdebstrap is missing, ProgramFailed when a
+    package cannot be had.
+    """
+    words = [
+        "mmdebstrap",
+        "--quiet",
+        f"--mode={_mode()}",
+        f"--variant={variant}",
+        f"--include={','.join(include)}",
+        '--aptopt=Acquire::Languages "none"',
+        *(f"--dpkgopt=path-exclude={path}" for path in _LEAVE_OUT),
+        "--format=tar",
+        suite,
+        str(out),
+        "-",
+    ]
+    try:
+        # umask: ours is private, and packages' scripts make files that everyone must read.
+        proc.run(words, stdin=sources(suite).encode(), timeout_s=TIMEOUT_S, cancelled=cancelled, umask=0o022)
+    except ProgramFailed as error:
+        raise ProgramFailed(
+            f"Debian packages could not be had: {error.message}",
+            hint="Does `apt-get update` work here? banger uses the same package sources.",
+        ) from None
+
+
+def _mode() -> str:
+    """Choose how mmdebstrap becomes root: it is, or has a range of user ids, or pretends."""
+    if os.getuid() == 0:
+        return "root"
+    try:
+        user = pwd.getpwuid(os.getuid()).pw_name
+        ranges = Path("/etc/subuid").read_text("utf-8")
+    except (KeyError, OSError):
+        return "fakechroot"
+    return (
+        "unshare"
+        if re.search(rf"^({re.escape(user)}|{os.getuid()}):", ranges, re.MULTILINE)
+        else "fakechroot"
+    )
+
+
+def sources(suite: str, apt: Path = APT) -> str:
+    """Give this machine's Debian package sources, as one-line entries for `suite`.
+
+    Entries of other vendors are left out. Raises HostLacks when none is left. Format: sources.list(5).
+    """
+    found = [*_one_line(apt), *_deb822(apt)]
+    lines = [line for line in (_for_suite(entry, suite) for entry in found) if line is not None]
+    if not lines:
+        raise HostLacks(
+            "This machine has no Debian package sources.",
+            hint="Local recipes need Debian; list a mirror of it in /etc/apt/sources.list.d/debian.sources.",
+        )
+    return "".join(f"{line}\n" for line in dict.fromkeys(lines))
+
+
+Entry = tuple[str, str, str, str]
+"""Options in brackets or nothing, address, suite, components."""
+
+
+def _one_line(apt: Path) -> Iterator[Entry]:
+    for path in [apt / "sources.list", *sorted(apt.glob("sources.list.d/*.list"))]:
+        for line in _read(path).splitlines():
+            match = re.fullmatch(r"\s*deb\s+(\[[^]]*\]\s+)?(\S+)\s+(\S+)\s+([^#]*)(#.*)?", line)
+            if match:
+                options, address, suite, components, _ = match.groups()
+                yield (options or "").strip(), address, suite, components.strip()
+
+
+def _deb822(apt: Path) -> Iterator[Entry]:
+    for path in sorted(apt.glob("sources.list.d/*.sources")):
+        for stanza in re.split(r"\n\s*\n", _read(path)):
+            lines = [line for line in stanza.splitlines() if not line.startswith("#")]
+            fields = {
+                key.strip().lower(): value.strip()
+                for key, colon, value in (line.partition(":") for line in lines)
+                if colon
+            }
+            if "deb" not in fields.get("types", "").split() or fields.get("enabled", "yes") == "no":
+                continue
+            key = fields.get("signed-by", "")
+            options = f"[signed-by={key}]" if key.startswith("/") else ""
+            for address in fields.get("uris", "").split():
+                for suite in fields.get("suites", "").split():
+                    yield options, address, suite, fields.get("components", "")
+
+
+def _for_suite(entry: Entry, suite: str) -> str | None:
+    """Give the entry for another Debian release; None when it is not Debian's own."""
+    options, address, here, components = entry
+    release, dash, pocket = here.partition("-")
+    debian = re.search(r"/debian(-security)?/?$", address) and "main" in components.split()
+    if not debian or (dash and pocket not in ("updates", "security")) or "/" in release:
+        return None
+    return f"deb {options} {address} {suite}{dash}{pocket} main".replace("  ", " ")
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text("utf-8")
+    except FileNotFoundError:
+        return ""

@@ -1,0 +1,154 @@
+"""Keep images and kernels in the cache, by digest; publish whole ones only.
+
+An artifact is a directory `<cache>/<kind>s/<digest>/` with a manifest. It is built beside, under a
+lock, and renamed into place: another builder of the same digest waits for the lock and finds it done.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import re
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Literal, cast
+
+import msgspec
+
+from banger.errors import Cancelled, from_os_error
+from banger.model import Artifact
+
+Kind = Literal["image", "kernel"]
+MANIFEST = "manifest.json"
+LOCK_LOOK_S = 0.1
+_BUILDING = ".building-"
+
+
+class Manifest(msgspec.Struct, frozen=True, kw_only=True):
+    """What is written beside an artifact's files."""
+
+    name: str
+    created_us: int
+    details: dict[str, str | int | list[str]]
+
+
+def find(cache: Path, kind: str, digest: str) -> Artifact | None:
+    """Find a published artifact; None when there is none, or its manifest cannot be read."""
+    if not re.fullmatch(r"[0-9a-f]{64}", digest):
+        return None
+    place = _place(cache, kind, digest)
+    try:
+        manifest = msgspec.json.decode((place / MANIFEST).read_bytes(), type=Manifest)
+    except (OSError, msgspec.DecodeError):
+        return None
+    return Artifact(
+        kind=cast("Kind", kind),
+        name=manifest.name,
+        digest=digest,
+        path=place,
+        # What it takes on the disk: images are sparse.
+        size_bytes=sum(file.stat().st_blocks * 512 for file in place.iterdir()),
+        created_us=manifest.created_us,
+        details=manifest.details,
+    )
+
+
+def build(
+    cache: Path,
+    kind: Kind,
+    name: str,
+    digest: str,
+    make: Callable[[Path], dict[str, str | int | list[str]]],
+    cancelled: Callable[[], bool],
+) -> Artifact:
+    """Make it so that the artifact is published; `make` fills a private directory and gives details.
+
+    Raises what `make` raises (DiskFull for a full disk) and leaves nothing behind then; Cancelled
+    when `cancelled()` turns true while another builder works on the same.
+    """
+    place = _place(cache, kind, digest)
+    place.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with _locked(place.with_name(f".{digest}.lock"), cancelled):
+        if (found := find(cache, kind, digest)) is not None:
+            return found
+        _sweep(place.parent, digest)
+        try:
+            staging = Path(tempfile.mkdtemp(prefix=f"{_BUILDING}{digest}-", dir=place.parent))
+            try:
+                manifest = Manifest(name=name, created_us=time.time_ns() // 1000, details=make(staging))
+                _write_durably(staging / MANIFEST, msgspec.json.encode(manifest))
+                shutil.rmtree(place, ignore_errors=True)  # one whose manifest cannot be read
+                staging.rename(place)
+            except BaseException:
+                shutil.rmtree(staging, ignore_errors=True)
+                raise
+        except OSError as error:
+            raise from_os_error(error) from error
+    found = find(cache, kind, digest)
+    assert found is not None
+    return found
+
+
+def delete(cache: Path, kind: str, digest: str) -> None:
+    """Make it so that the artifact is gone: renamed aside first, so that nobody finds half of it."""
+    place = _place(cache, kind, digest)
+    aside = place.with_name(f"{_BUILDING}{digest}-deleted")
+    with contextlib.suppress(FileNotFoundError):
+        place.rename(aside)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def sweep(cache: Path) -> None:
+    """Remove what dead builders left; what a living one works on stays."""
+    for kind in ("image", "kernel"):
+        for staging in (cache / f"{kind}s").glob(f"{_BUILDING}*"):
+            digest = staging.name.removeprefix(_BUILDING).split("-")[0]
+            lock = staging.with_name(f".{digest}.lock")
+            with contextlib.suppress(BlockingIOError), _open_lock(lock) as fd:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(staging, ignore_errors=True)
+
+
+def _sweep(parent: Path, digest: str) -> None:
+    """Remove what dead builders of this digest left; the caller has its lock."""
+    for staging in parent.glob(f"{_BUILDING}{digest}-*"):
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _place(cache: Path, kind: str, digest: str) -> Path:
+    return cache / f"{kind}s" / digest
+
+
+@contextlib.contextmanager
+def _open_lock(path: Path) -> Iterator[int]:
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+@contextlib.contextmanager
+def _locked(path: Path, cancelled: Callable[[], bool]) -> Iterator[None]:
+    """Hold the lock of one digest; a waiter may leave. The kernel frees a dead holder's lock."""
+    with _open_lock(path) as fd:
+        while True:
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if cancelled():
+                    raise Cancelled from None
+                time.sleep(LOCK_LOOK_S)  # flock has no deadline and cannot be waited on with others
+        yield
+
+
+def _write_durably(path: Path, content: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())

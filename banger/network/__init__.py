@@ -1,0 +1,1 @@
+"""How a guest reaches the world and the host reaches a guest."""

@@ -1,0 +1,1 @@
+"""Who may ask, what they may ask, and how they are answered."""

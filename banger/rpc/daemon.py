@@ -1,0 +1,164 @@
+"""The daemon: `python -m banger.rpc.daemon [--ready-fd N]`.
+
+It serves clients, deals out events, keeps the workers' supervisor alive, gives up claims of dead
+workers and ends steps that are past their deadline. It can be killed at any point: what is under
+way is in the log, and VMs do not depend on it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import fcntl
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any
+
+from banger import config, proc
+from banger import log as logging
+from banger.errors import BangerError
+from banger.events import work
+from banger.events.log import EventLog
+from banger.guest.connections import Connections
+from banger.rpc.server import Server
+from banger.rpc.service import Service
+from banger.rpc.tail import Tail
+from banger.rpc.watch import Tethers, VmmWatch
+
+HOUSEKEEPING_S = 1.0
+STOP_S = 10.0
+
+
+@contextlib.contextmanager
+def only_one(dirs: config.Dirs) -> Iterator[None]:
+    """Be the only daemon of this owner; the kernel frees the lock when the process ends.
+
+    Raises BangerError when another daemon runs.
+    """
+    fd = os.open(dirs.daemon_lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise BangerError("Another daemon of this user is running.") from None
+        os.ftruncate(fd, 0)
+        os.write(fd, f"{os.getpid()}\n".encode())
+        yield
+    finally:
+        os.close(fd)
+
+
+class Daemon:
+    """Everything that lives as long as the daemon does."""
+
+    def __init__(self, dirs: config.Dirs, settings: config.Config):
+        self.stopping = asyncio.Event()
+        self._dirs = dirs
+        self._log = EventLog(dirs.database, dirs.work_bell, dirs.event_bell, "daemon")
+        self._service = Service(
+            dirs, settings, self._log, since_us=time.time_ns() // 1000, stop=self.stopping.set
+        )
+        self._connections = Connections()
+        self._tail = Tail(self._log)
+        self._watch = VmmWatch(self._service, self._connections)
+        self._tethers = Tethers(self._service)
+        self._tail.listeners.append(self._watch.heard)
+
+    async def run(self, ready_fd: int | None) -> None:
+        """Serve until `stopping` is set."""
+        freed = work.reap(self._log)
+        server = Server(self._service, self._tail, self._connections, self._tethers)
+        listening = await server.listen(self._dirs.socket)
+        self._watch.adopt()
+        self._tethers.adopt()
+        tasks = [
+            asyncio.create_task(self._tail.run()),
+            asyncio.create_task(self._keep_supervisor()),
+            asyncio.create_task(self._housekeeping()),
+        ]
+        logging.get().info("ready", freed=freed)
+        if ready_fd is not None:
+            os.write(ready_fd, b"\n")
+            os.close(ready_fd)
+        stopped = asyncio.create_task(_until(self.stopping))
+        # A background task that ends has failed: the daemon ends too, loudly, and is started again.
+        done: set[asyncio.Task[Any]]
+        done, _ = await asyncio.wait({stopped, *tasks}, return_when=asyncio.FIRST_COMPLETED)
+        self._dirs.socket.unlink(missing_ok=True)
+        listening.close()
+        for task in tasks:
+            task.cancel()
+        await asyncio.wait(tasks, timeout=STOP_S)
+        await self._connections.close()
+        for task in done - {stopped}:
+            task.result()
+
+    async def _keep_supervisor(self) -> None:
+        """Start the workers' supervisor, and again whenever it ends."""
+        while True:
+            began = time.monotonic()
+            supervisor = await asyncio.create_subprocess_exec(
+                sys.executable,
+                "-P",
+                "-m",
+                "banger.workers.supervisor",
+                str(os.getpid()),
+                stdin=asyncio.subprocess.DEVNULL,
+            )
+            try:
+                status = await supervisor.wait()
+            except asyncio.CancelledError:
+                supervisor.terminate()
+                await supervisor.wait()
+                raise
+            logging.get().error("supervisor ended", status=status)
+            work.reap(self._log)
+            if time.monotonic() - began < HOUSEKEEPING_S:
+                await asyncio.sleep(HOUSEKEEPING_S)  # a brake, not a wait for an event
+
+    async def _housekeeping(self) -> None:
+        """Once a second: free what dead workers hold, end workers whose step is overdue."""
+        while True:
+            await asyncio.sleep(HOUSEKEEPING_S)
+            work.reap(self._log)
+            for op, worker in work.overdue(self._log):
+                logging.get(op=op).error("step past its deadline", worker=worker.pid)
+                proc.kill(worker)
+                work.reap(self._log)
+            self._watch.look_again()
+
+
+def main() -> None:
+    """Run the daemon until SIGTERM, SIGINT or `daemon stop`."""
+    parser = argparse.ArgumentParser(prog="banger.rpc.daemon")
+    parser.add_argument("--ready-fd", type=int, help="a byte is written here when the socket answers")
+    words = parser.parse_args()
+    os.umask(0o077)
+    try:
+        dirs = config.find_dirs()
+        dirs.make()
+        settings = config.load(dirs)
+        with only_one(dirs):
+            logging.setup("daemon", dirs.log_file)
+            asyncio.run(_run(dirs, settings, words.ready_fd))
+    except BangerError as error:
+        sys.exit(f"{error.message} {error.hint or ''}".rstrip())
+
+
+async def _until(event: asyncio.Event) -> None:
+    await event.wait()
+
+
+async def _run(dirs: config.Dirs, settings: config.Config, ready_fd: int | None) -> None:
+    daemon = Daemon(dirs, settings)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, daemon.stopping.set)
+    await daemon.run(ready_fd)
+
+
+if __name__ == "__main__":
+    main()

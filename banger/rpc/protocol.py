@@ -1,0 +1,271 @@
+"""What a client may send: one struct per method. This file is the protocol's documentation.
+
+A request is one JSON line `{"method": …, "params": {…}}`. A reply ends with `{"result": …}` or
+`{"error": {code, message, hint, op}}`; streaming methods first send `{"event": …}` or
+`{"chunk": …}` lines. Several requests may follow one another on one connection. After the reply
+to `vm.exec` the connection carries frames (see `banger.rpc.exec`). An unknown method or field is
+refused by name.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import msgspec
+
+from banger.errors import BangerError, InvalidRequest
+from banger.model import Value
+
+MAX_REQUEST = 1 << 20
+"""Bytes of one request line."""
+
+
+class Request(Value):
+    """The parameters of one method."""
+
+    method: ClassVar[str]
+
+
+class Hello(Request):
+    """Is anyone there? -> {version, pid}."""
+
+    method = "hello"
+
+
+class DaemonStatus(Request):
+    """How is the daemon? -> {pid, version, since_us, workers, vms_running, ops_active, state_dir}."""
+
+    method = "daemon.status"
+
+
+class DaemonStop(Request):
+    """End the daemon and its workers; VMs go on running -> {}."""
+
+    method = "daemon.stop"
+
+
+class VmCreate(Request):
+    """Make a VM and start it -> {op, vm, name, spec}. Sizes in MiB; what is left out has a default."""
+
+    method = "vm.create"
+    name: str | None = None
+    image: str | None = None
+    kernel: str | None = None
+    vcpu: int | None = None
+    memory_mib: int | None = None
+    disk_mib: int | None = None
+    nat: bool | None = None
+    start: bool = True
+    ephemeral: bool = False
+
+
+class OneVm(Request):
+    """A request about one VM, by name or id."""
+
+    vm: str
+
+
+class VmStart(OneVm):
+    """Start it -> {op, vm, name}."""
+
+    method = "vm.start"
+
+
+class VmStop(OneVm):
+    """Switch it off gracefully -> {op, vm, name}."""
+
+    method = "vm.stop"
+
+
+class VmRestart(OneVm):
+    """Switch it off and start it -> {op, vm, name}."""
+
+    method = "vm.restart"
+
+
+class VmKill(OneVm):
+    """End its VMM at once -> {op, vm, name}."""
+
+    method = "vm.kill"
+
+
+class VmDelete(OneVm):
+    """Delete it, whatever its state; what works on it is cancelled first -> {op, vm, name}."""
+
+    method = "vm.delete"
+
+
+class VmShow(OneVm):
+    """Everything known of it -> {vm}."""
+
+    method = "vm.show"
+
+
+class VmSsh(OneVm):
+    """How to reach it -> {argv}."""
+
+    method = "vm.ssh"
+
+
+class VmTether(OneVm):
+    """Bind an ephemeral VM's life to this connection -> {}, and stays open."""
+
+    method = "vm.tether"
+
+
+class VmLogs(OneVm):
+    """Its serial console -> chunk lines, then {}. `tail` lines; `follow` until it stops."""
+
+    method = "vm.logs"
+    tail: int | None = None
+    follow: bool = False
+
+
+class VmExec(OneVm):
+    """Run a command in it -> {}, then frames."""
+
+    method = "vm.exec"
+    argv: list[str]
+    tty: bool = False
+    term: str = "xterm"
+    rows: int = 24
+    cols: int = 80
+
+
+class VmList(Request):
+    """All VMs -> {vms}."""
+
+    method = "vm.list"
+
+
+class VmTable(Request):
+    """The VMs as text, without JSON around it; the connection then ends."""
+
+    method = "vm.table"
+    all: bool = False
+
+
+class OpsList(Request):
+    """The newest operations -> {ops}."""
+
+    method = "ops.list"
+    limit: int = 50
+    vm: str | None = None
+
+
+class OpsShow(Request):
+    """One operation with its steps and resources -> {op}. Ids may be shortened."""
+
+    method = "ops.show"
+    op: str
+
+
+class OpsFollow(Request):
+    """Its events with seq > `after`, then its end -> event lines, {op, fate, …}.
+
+    The events of an operation that it waits for are among them.
+    """
+
+    method = "ops.follow"
+    op: str
+    after: int = 0
+
+
+class OpsCancel(Request):
+    """Stop it and undo it -> {op}."""
+
+    method = "ops.cancel"
+    op: str
+
+
+class ImageList(Request):
+    """Images that are there or can be built -> {images}."""
+
+    method = "image.list"
+
+
+class ImageShow(Request):
+    """One image -> {image}."""
+
+    method = "image.show"
+    image: str
+
+
+class ImageBuild(Request):
+    """Build an image from its recipe -> {op}."""
+
+    method = "image.build"
+    image: str
+
+
+class ImageDelete(Request):
+    """Delete an image that no VM uses -> {op}."""
+
+    method = "image.delete"
+    image: str
+
+
+class KernelList(Request):
+    """Kernels that are there or can be fetched -> {kernels}."""
+
+    method = "kernel.list"
+
+
+class KernelShow(Request):
+    """One kernel -> {kernel}."""
+
+    method = "kernel.show"
+    kernel: str
+
+
+class KernelPull(Request):
+    """Fetch a kernel -> {op}."""
+
+    method = "kernel.pull"
+    kernel: str
+
+
+class KernelDelete(Request):
+    """Delete a kernel that no VM uses -> {op}."""
+
+    method = "kernel.delete"
+    kernel: str
+
+
+def _leaves(cls: type[Request]) -> list[type[Request]]:
+    return (
+        [cls] if hasattr(cls, "method") else [leaf for sub in cls.__subclasses__() for leaf in _leaves(sub)]
+    )
+
+
+METHODS: dict[str, type[Request]] = {cls.method: cls for cls in _leaves(Request)}
+
+
+class _Envelope(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    method: str
+    params: msgspec.Raw = msgspec.Raw(b"{}")
+
+
+def decode(line: bytes) -> Request:
+    """Read a request. Raises InvalidRequest naming what is wrong with it."""
+    try:
+        envelope = msgspec.json.decode(line, type=_Envelope)
+        method = METHODS.get(envelope.method)
+        if method is None:
+            raise InvalidRequest(
+                f"There is no method {envelope.method!r}.",
+                hint="The daemon may be older than this command: `banger daemon stop`, then try again.",
+            )
+        return msgspec.json.decode(envelope.params, type=method)
+    except (msgspec.DecodeError, RecursionError) as error:
+        raise InvalidRequest(f"The request is not valid: {error}") from None
+
+
+def result(value: Any) -> bytes:
+    """Encode the line that ends a reply well."""
+    return msgspec.json.encode({"result": value}) + b"\n"
+
+
+def failure(error: BangerError) -> bytes:
+    """Encode the line that ends a reply badly."""
+    return msgspec.json.encode({"error": error.to_dict()}) + b"\n"

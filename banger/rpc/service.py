@@ -1,0 +1,286 @@
+"""What each method does: validate, append the request, answer from the projections."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+
+from banger import __version__, proc
+from banger.config import Config, Dirs, host_memory_mib, sizes
+from banger.errors import InvalidRequest, NotFound, WrongState
+from banger.events import queries
+from banger.events import vocabulary as ev
+from banger.events.fold import Vm, fold_op
+from banger.events.log import EventLog, mint
+from banger.guest import ssh
+from banger.images import debian, store
+from banger.images import kernel as kernels
+from banger.model import Resource, VmSpec, check_artifact_name, check_vm_name
+from banger.rpc import protocol as p
+from banger.rpc import views
+from banger.rpc.names import random_name
+from banger.tasks.pipeline import Pipeline
+from banger.tasks.registry import pipelines
+from banger.tasks.vm import ONLY_MAKE
+
+MAX_VCPU = 64
+MIN_MEMORY_MIB = 128
+MIN_DISK_MIB = 64
+MAX_DISK_MIB = 16 << 20
+DESIRED = {
+    "vm.start": "running",
+    "vm.restart": "running",
+    "vm.stop": "stopped",
+    "vm.kill": "stopped",
+    "vm.delete": "absent",
+}
+
+
+class Service:
+    """The plain methods: one request, one answer."""
+
+    def __init__(self, dirs: Dirs, config: Config, log: EventLog, *, since_us: int, stop: Callable[[], None]):
+        self.dirs = dirs
+        self.config = config
+        self.log = log
+        self._since_us = since_us
+        self._stop = stop
+        self._pipelines = pipelines()
+        self._answers: dict[type[p.Request], Callable[[Any], dict[str, Any]]] = {
+            p.Hello: self._hello,
+            p.DaemonStatus: self._status,
+            p.DaemonStop: self._daemon_stop,
+            p.VmCreate: self._vm_create,
+            p.VmStart: self._vm_change,
+            p.VmStop: self._vm_change,
+            p.VmRestart: self._vm_change,
+            p.VmKill: self._vm_change,
+            p.VmDelete: self._vm_delete,
+            p.VmShow: self._vm_show,
+            p.VmSsh: self._vm_ssh,
+            p.VmList: lambda _: {"vms": self.vm_views()},
+            p.OpsList: self._ops_list,
+            p.OpsShow: self._ops_show,
+            p.OpsCancel: self._ops_cancel,
+            p.ImageList: lambda _: {"images": self._artifacts("image")},
+            p.ImageShow: lambda r: {"image": self._artifact("image", r.image)},
+            p.ImageBuild: lambda r: self._make("image.build", "image", r.image),
+            p.ImageDelete: lambda r: self._delete("image", r.image),
+            p.KernelList: lambda _: {"kernels": self._artifacts("kernel")},
+            p.KernelShow: lambda r: {"kernel": self._artifact("kernel", r.kernel)},
+            p.KernelPull: lambda r: self._make("kernel.pull", "kernel", r.kernel),
+            p.KernelDelete: lambda r: self._delete("kernel", r.kernel),
+        }
+
+    def answer(self, request: p.Request) -> dict[str, Any]:
+        """Answer a plain method. Raises a BangerError."""
+        return self._answers[type(request)](request)
+
+    # -- the daemon --------------------------------------------------------------------------
+
+    def _hello(self, _: p.Hello) -> dict[str, Any]:
+        return {"version": __version__, "pid": os.getpid()}
+
+    def _status(self, _: p.DaemonStatus) -> dict[str, Any]:
+        return {
+            "pid": os.getpid(),
+            "version": __version__,
+            "since_us": self._since_us,
+            "workers": [{"pid": pid, "op": op} for pid, op in queries.running_workers(self.log).items()],
+            "vms_running": sum(vm.state == "running" for vm in queries.vms(self.log)),
+            "ops_active": queries.active_count(self.log),
+            "state_dir": str(self.dirs.state),
+        }
+
+    def _daemon_stop(self, _: p.DaemonStop) -> dict[str, Any]:
+        self._stop()
+        return {}
+
+    # -- VMs ---------------------------------------------------------------------------------
+
+    def vm_views(self) -> list[dict[str, Any]]:
+        """Show every VM."""
+        active = queries.active_ops(self.log)
+        return [views.vm(vm, active.get(vm.id)) for vm in queries.vms(self.log)]
+
+    def _vm_create(self, request: p.VmCreate) -> dict[str, Any]:
+        spec = self._spec(request)
+        vm = mint("vm")
+        pipeline = self._pipelines["vm.create"]
+        asked = pipeline.request(
+            lane=vm,
+            vm=vm,
+            name=spec.name,
+            args={"start": request.start},
+            leave_out=frozenset() if request.start else ONLY_MAKE,
+        )
+        also: list[tuple[str, ev.Event]] = [(vm, ev.VmReserved(spec=spec, host=socket.gethostname()))]
+        if not request.start:
+            also.append((vm, ev.VmDesired(state="stopped")))
+        # The name is taken from here on, so the first step counts as started from here on.
+        first = pipeline.steps[0]
+        own: tuple[ev.Event, ...] = (
+            ev.StepStarted(
+                step=0, name=first.name, title=first.title, attempt=1, deadline_s=first.deadline_s
+            ),
+            ev.ResourceIntended(resource=Resource(kind="name", id=spec.name), vm=vm, step=first.name),
+        )
+        op = self.log.request(asked, *also, own=own)
+        return {"op": op, "vm": vm, "name": spec.name, "spec": msgspec.to_builtins(spec)}
+
+    def _spec(self, request: p.VmCreate) -> VmSpec:
+        default = sizes(self.config)
+        taken = {vm.spec.name for vm in queries.vms(self.log)}
+        spec = VmSpec(
+            name=check_vm_name(request.name) if request.name is not None else random_name(taken),
+            image=check_artifact_name(request.image or self.config.image, "image"),
+            kernel=check_artifact_name(request.kernel or self.config.kernel, "kernel"),
+            vcpu=default.vcpu.value if request.vcpu is None else request.vcpu,
+            memory_mib=default.memory_mib.value if request.memory_mib is None else request.memory_mib,
+            disk_mib=default.disk_mib.value if request.disk_mib is None else request.disk_mib,
+            nat=self.config.nat if request.nat is None else request.nat,
+            ephemeral=request.ephemeral,
+        )
+        _within("vcpu", spec.vcpu, 1, MAX_VCPU)
+        _within("memory", spec.memory_mib, MIN_MEMORY_MIB, host_memory_mib(), "MiB")
+        _within("disk-size", spec.disk_mib, MIN_DISK_MIB, MAX_DISK_MIB, "MiB")
+        self._artifact("image", spec.image)
+        self._artifact("kernel", spec.kernel)
+        return spec
+
+    def _vm_change(self, request: p.OneVm) -> dict[str, Any]:
+        vm = queries.find_vm(self.log, request.vm)
+        return self._change(request.method, vm)
+
+    def _change(self, kind: str, vm: Vm) -> dict[str, Any]:
+        asked = self._pipelines[kind].request(lane=vm.id, vm=vm.id, name=vm.spec.name)
+        wanted = (vm.id, ev.VmDesired(state=DESIRED[kind]))  # type: ignore[arg-type]
+        op = self.log.request(asked, wanted)
+        return {"op": op, "vm": vm.id, "name": vm.spec.name}
+
+    def _vm_delete(self, request: p.VmDelete) -> dict[str, Any]:
+        """Delete a VM in any state: what is under way for it is cancelled and undone first."""
+        return self.delete(queries.find_vm(self.log, request.vm))
+
+    def delete(self, vm: Vm) -> dict[str, Any]:
+        """Cancel what works on a VM and request its deletion; a deletion under way is joined."""
+        joined = queries.active_op(self.log, "vm.delete", vm.id)
+        if joined is not None:
+            return {"op": joined, "vm": vm.id, "name": vm.spec.name}
+        for op in queries.ops(self.log, limit=100, vm=vm.id):
+            if op.state != "ended":
+                self.log.cancel(op.id)
+        return self._change("vm.delete", vm)
+
+    def bury(self, vm: Vm) -> None:
+        """Ask for the release of what a VM held whose VMM died by itself."""
+        if queries.active_ops(self.log).get(vm.id) is None:
+            self.log.request(self._pipelines["vm.bury"].request(lane=vm.id, vm=vm.id, name=vm.spec.name))
+
+    def _vm_show(self, request: p.VmShow) -> dict[str, Any]:
+        vm = queries.find_vm(self.log, request.vm)
+        paths = self.dirs.vm(vm.id)
+        shown = views.vm(vm, queries.active_ops(self.log).get(vm.id))
+        return {
+            "vm": shown
+            | {
+                "ready_seconds": vm.ready_seconds,
+                "image_digest": vm.image_digest,
+                "kernel_digest": vm.kernel_digest,
+                "directory": str(paths.directory),
+                "console": str(paths.console),
+                "resources": [
+                    {"kind": r.kind, "id": r.id, "state": r.state, "op": r.op}
+                    for r in queries.resources(self.log, vm_id=vm.id)
+                ],
+                "history": [
+                    {"op": op.id, "kind": op.kind, "fate": op.fate, "time_us": op.requested_us}
+                    for op in reversed(queries.ops(self.log, limit=50, vm=vm.id))
+                ],
+            }
+        }
+
+    def _vm_ssh(self, request: p.VmSsh) -> dict[str, Any]:
+        return {"argv": ssh.argv(self.target(request.vm))}
+
+    def target(self, word: str) -> ssh.Target:
+        """Say how to reach a running VM. Raises NotFound, WrongState."""
+        vm = queries.find_vm(self.log, word)
+        if vm.state != "running" or vm.ssh_port is None or vm.process is None:
+            active = queries.active_ops(self.log).get(vm.id)
+            if active is not None:
+                raise WrongState(
+                    f"{vm.spec.name} is not running yet: {active.kind} is under way.",
+                    hint=f"banger ops follow {active.id}",
+                    op=active.id,
+                )
+            raise WrongState(f"{vm.spec.name} is not running.", hint=f"banger vm start {vm.spec.name}")
+        if not proc.alive(vm.process):
+            raise WrongState(f"The VMM of {vm.spec.name} has ended.", hint=f"banger vm start {vm.spec.name}")
+        return ssh.Target(vm=vm.id, port=vm.ssh_port, paths=self.dirs.vm(vm.id), key=self.dirs.user_key)
+
+    # -- operations --------------------------------------------------------------------------
+
+    def _ops_list(self, request: p.OpsList) -> dict[str, Any]:
+        vm = None
+        if request.vm is not None:
+            vm = next((v.id for v in queries.vms(self.log) if request.vm in (v.id, v.spec.name)), request.vm)
+        return {"ops": [views.op_summary(op) for op in queries.ops(self.log, limit=request.limit, vm=vm)]}
+
+    def _ops_show(self, request: p.OpsShow) -> dict[str, Any]:
+        summary = queries.find_op(self.log, request.op)
+        op = fold_op(self.log.read(stream=summary.id))
+        assert op is not None
+        return {"op": views.op(summary, op)}
+
+    def _ops_cancel(self, request: p.OpsCancel) -> dict[str, Any]:
+        op = queries.find_op(self.log, request.op)
+        if not self.log.cancel(op.id):
+            raise WrongState(f"{op.id} has ended already ({op.fate}).", op=op.id)
+        return {"op": op.id}
+
+    # -- images and kernels ------------------------------------------------------------------
+
+    def _artifacts(self, kind: str) -> list[dict[str, Any]]:
+        names = {known.name for known in queries.artifacts(self.log, kind)} | set(_recipes(kind))
+        return [self._artifact(kind, name) for name in sorted(names)]
+
+    def _artifact(self, kind: str, name: str) -> dict[str, Any]:
+        known = queries.artifact(self.log, kind, name)
+        recipe = _recipes(kind).get(name)
+        if known is None and recipe is None:
+            raise NotFound(f"There is no {kind} named {name!r}.", hint=f"`banger {kind} list` shows them.")
+        present = known is not None and store.find(self.dirs.cache, kind, known.digest) is not None
+        source = "local recipe" if recipe is not None else None
+        return views.artifact(name, known, present=present, recipe=source)
+
+    def _make(self, kind: str, what: str, name: str) -> dict[str, Any]:
+        if name not in _recipes(what):
+            raise NotFound(f"There is no recipe for {name!r}.", hint=f"`banger {what} list` shows them.")
+        lane = f"{what}:{name}"
+        joined = queries.active_op(self.log, kind, lane)
+        asked = self._pipelines[kind].request(lane=lane, args={"name": name}, name=name)
+        return {"op": joined or self.log.request(asked)}
+
+    def _delete(self, kind: str, name: str) -> dict[str, Any]:
+        if queries.artifact(self.log, kind, name) is None:
+            raise NotFound(f"There is no {kind} named {name!r}.", hint=f"`banger {kind} list` shows them.")
+        pipeline: Pipeline = self._pipelines[f"{kind}.delete"]
+        asked = pipeline.request(lane=f"{kind}:{name}", args={"kind": kind, "name": name}, name=name)
+        return {"op": self.log.request(asked)}
+
+
+def _recipes(kind: str) -> dict[str, Any]:
+    return dict(debian.RECIPES if kind == "image" else kernels.RECIPES)
+
+
+def _within(what: str, value: int, least: int, most: int, unit: str = "") -> None:
+    if not least <= value <= most:
+        raise InvalidRequest(
+            f"--{what} {value}{unit} is not possible.",
+            hint=f"Give a number from {least} to {most}{' ' + unit if unit else ''}.",
+        )

@@ -1,0 +1,86 @@
+"""Hand new events to whoever follows an operation, losing and repeating none."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections import defaultdict
+from collections.abc import AsyncIterator, Callable, Iterator
+
+from banger.events import vocabulary as ev
+from banger.events.log import EventLog
+from banger.events.vocabulary import Recorded
+
+LOOK_S = 1.0
+"""If a ring is lost, a look at the log finds what it would have told."""
+
+
+class Tail:
+    """Reads the log's new events once and deals them out."""
+
+    def __init__(self, log: EventLog):
+        self._log = log
+        self._seq = log.last_seq()
+        self._followers: dict[str, set[asyncio.Queue[Recorded]]] = defaultdict(set)
+        self.listeners: list[Callable[[Recorded], None]] = []
+
+    async def run(self) -> None:
+        """Deal out events for ever: when the bell rings, and once a second."""
+        loop = asyncio.get_running_loop()
+        rung = asyncio.Event()
+        loop.add_reader(self._log.event_bell.fileno(), rung.set)
+        try:
+            while True:
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(rung.wait(), LOOK_S)
+                self._log.event_bell.drain()
+                rung.clear()
+                self.look()
+        finally:
+            loop.remove_reader(self._log.event_bell.fileno())
+
+    def look(self) -> None:
+        """Deal out what is new in the log."""
+        for row in self._log.read(after=self._seq):
+            self._seq = row.seq
+            for queue in self._followers.get(row.op or "", ()):
+                queue.put_nowait(row)
+            for listener in self.listeners:
+                listener(row)
+
+    @contextlib.contextmanager
+    def _subscribed(self, op: str, queue: asyncio.Queue[Recorded]) -> Iterator[None]:
+        self._followers[op].add(queue)
+        try:
+            yield
+        finally:
+            self._followers[op].discard(queue)
+            if not self._followers[op]:
+                del self._followers[op]
+
+    async def follow(self, op: str, after: int = 0) -> AsyncIterator[Recorded]:
+        """Give the events of an operation with seq > `after` until it has ended.
+
+        While it waits for another operation, that one's events are given too.
+        """
+        queue: asyncio.Queue[Recorded] = asyncio.Queue()
+        with contextlib.ExitStack() as subscriptions:
+            subscriptions.enter_context(self._subscribed(op, queue))
+            followed = {op: after}
+            for row in self._log.read(op=op, after=after):
+                queue.put_nowait(row)
+            while True:
+                row = await queue.get()
+                name = row.op or ""
+                if row.seq <= followed[name]:
+                    continue  # it was in the backlog already
+                followed[name] = row.seq
+                yield row
+                event = row.event
+                if isinstance(event, ev.OpEnded) and name == op:
+                    return
+                if isinstance(event, ev.OpParked) and event.on not in followed:
+                    followed[event.on] = 0
+                    subscriptions.enter_context(self._subscribed(event.on, queue))
+                    for old in self._log.read(op=event.on):
+                        queue.put_nowait(old)

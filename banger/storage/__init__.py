@@ -1,0 +1,1 @@
+"""How disks are made and mended."""

@@ -1,0 +1,1 @@
+"""In which order things are done, and how they are undone."""

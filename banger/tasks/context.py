@@ -1,0 +1,154 @@
+"""What a step sees of its operation and of the world."""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+from banger.config import Config, Dirs, VmPaths
+from banger.errors import NotFound, from_dict
+from banger.events import queries, work
+from banger.events import vocabulary as ev
+from banger.events.fold import Op, Vm
+from banger.events.log import EventLog
+from banger.model import Artifact, Resource
+from banger.tasks.pipeline import Park, Pipeline
+from banger.vmm import accelerator
+from banger.vmm.accelerator import Accelerator
+from banger.vmm.driver import Vmm
+from banger.vmm.qemu import Qemu
+
+PROGRESS_EVERY_S = 0.2
+
+
+class World:
+    """The things outside the log that steps act on."""
+
+    def __init__(self, dirs: Dirs, config: Config):
+        self.dirs = dirs
+        self.config = config
+
+    @functools.cached_property
+    def accelerator(self) -> Accelerator:
+        """What runs the guests' instructions, asked for when a VM first needs it.
+
+        Raises HostLacks when the configured one does not work here.
+        """
+        return accelerator.choose(self.config.accelerator, self.dirs.state / "accelerator.json")
+
+    @functools.cached_property
+    def vmm(self) -> Vmm:
+        """The machine monitor that runs the VMs."""
+        return Qemu(self.accelerator)
+
+
+class Ctx:
+    """One attempt at one step, forward or back."""
+
+    def __init__(self, log: EventLog, world: World, claim: work.Claim, op: Op, step: int):
+        self.log = log
+        self.world = world
+        self.dirs = world.dirs
+        self.config = world.config
+        self.op = op
+        self.step = step
+        self.emitted: list[tuple[str, ev.Event]] = []
+        self._claim = claim
+        self._told_at = 0.0
+
+    # -- the operation -----------------------------------------------------------------------
+
+    @property
+    def args(self) -> ev.Facts:
+        """What the operation was asked with."""
+        return self.op.args
+
+    @property
+    def facts(self) -> ev.Facts:
+        """What the steps before found and made."""
+        return self.op.facts
+
+    @property
+    def attempt(self) -> int:
+        """Which attempt at this step this is, from 1."""
+        return self.op.steps[self.step].attempts
+
+    def acquired(self, kind: str) -> Resource | None:
+        """Give the resource of this kind that this operation still has, if any."""
+        return next(
+            (r for r, state, _ in self.op.resources.values() if r.kind == kind and state != "released"), None
+        )
+
+    def emit(self, stream: str, event: ev.Event) -> None:
+        """Record an event together with the end of this step."""
+        self.emitted.append((stream, event))
+
+    def progress(self, message: str) -> None:
+        """Tell whoever waits what a long step is doing; a few times a second at most."""
+        now = time.monotonic()
+        if now - self._told_at < PROGRESS_EVERY_S:
+            return
+        self._told_at = now
+        with self.log.transaction() as tx:
+            work.guard(tx, self._claim)
+            tx.append(self.op.id, ev.StepProgress(step=self.step, message=message[:300]), op=self.op.id)
+
+    def cancelled(self) -> bool:
+        """Tell a long step whether to stop: someone asked for it, or another worker took over."""
+        return not self.op.undoing and work.cancel_wanted(self.log, self._claim)
+
+    # -- its VM ------------------------------------------------------------------------------
+
+    @property
+    def vm_id(self) -> str:
+        """The id of the VM this operation is about."""
+        assert self.op.vm is not None
+        return self.op.vm
+
+    @property
+    def vm(self) -> Vm:
+        """The VM as it is now. Raises NotFound when an earlier operation deleted it."""
+        vm = queries.vm(self.log, self.vm_id)
+        if vm is None:
+            raise NotFound(f"The VM {self.op.name or self.vm_id} is no more.")
+        return vm
+
+    @property
+    def paths(self) -> VmPaths:
+        """The VM's paths."""
+        return self.dirs.vm(self.vm_id)
+
+    def held(self, *kinds: str) -> list[Resource]:
+        """List what the ledger has for this VM, of these kinds."""
+        return [r for r in queries.resources_of_vm(self.log, self.vm_id) if r.kind in kinds]
+
+    # -- what other operations make ----------------------------------------------------------
+
+    def require(
+        self,
+        find: Callable[[], Artifact | None],
+        pipeline: Pipeline,
+        *,
+        lane: str,
+        args: dict[str, Any],
+        reason: str,
+    ) -> Artifact:
+        """Give what `find` finds; if it finds nothing, wait for the operation that makes it.
+
+        Raises the other operation's error when it failed.
+        """
+        artifact = find()
+        if artifact is not None:
+            return artifact
+        if self.op.last_child is not None:
+            self._raise_child(self.op.last_child)
+        raise Park(pipeline.request(lane=lane, args=args, name=args.get("name")), reason)
+
+    def _raise_child(self, child: str) -> NoReturn:
+        row = queries.op(self.log, child)
+        error = (row.error if row else None) or {"message": f"{child} did not make it."}
+        failure = from_dict(error)
+        failure.op = child
+        raise failure

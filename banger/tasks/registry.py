@@ -1,0 +1,21 @@
+"""Every kind of operation there is."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Mapping
+
+from banger.tasks import artifacts, vm
+from banger.tasks.pipeline import Pipeline
+
+EXTRA = "BANGER_PIPELINES"
+"""Environment variable: modules whose PIPELINES are added (for benchmarks and crash tests)."""
+
+
+def pipelines() -> Mapping[str, Pipeline]:
+    """Map each kind of operation to its pipeline."""
+    known = [*vm.PIPELINES, *artifacts.PIPELINES]
+    for module in filter(None, os.environ.get(EXTRA, "").split(",")):
+        known.extend(importlib.import_module(module).PIPELINES)
+    return {pipeline.kind: pipeline for pipeline in known}

@@ -1,0 +1,1 @@
+"""What banger's tests and benchmarks need and others may use."""

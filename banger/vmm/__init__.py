@@ -1,0 +1,1 @@
+"""How a virtual machine monitor is started, watched and ended."""

@@ -1,0 +1,1 @@
+"""Who runs operations and picks up the pieces."""

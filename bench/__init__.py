@@ -1,0 +1,1 @@
+"""Measure banger on this machine: `python -m bench` prints one line a figure."""

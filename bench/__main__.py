@@ -1,0 +1,26 @@
+"""Run every benchmark, or those named: `python -m bench [queue] [command_line] [boots]`."""
+
+from __future__ import annotations
+
+import sys
+
+from bench import boots, command_line, queue
+from bench.figures import OUTPUT, Figures
+
+PARTS = {"queue": queue.measure, "command_line": command_line.measure, "boots": boots.measure}
+
+
+def main() -> None:
+    """Measure, print and write build/bench.json."""
+    unknown = set(sys.argv[1:]) - set(PARTS)
+    if unknown:
+        sys.exit(f"There is no benchmark {', '.join(sorted(unknown))}; there are {', '.join(PARTS)}.")
+    figures = Figures()
+    for name, measure in PARTS.items():
+        if name in (sys.argv[1:] or PARTS):
+            measure(figures)
+    figures.write()
+    print(f"written to {OUTPUT}")
+
+
+main()

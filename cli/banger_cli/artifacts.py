@@ -1,0 +1,114 @@
+"""`banger image` and `banger kernel`: what VMs boot from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import click
+
+from banger import layout
+from banger_cli import wire
+from banger_cli.commands import Branch, Leaf, wait_option
+from banger_cli.follow import wait
+from banger_cli.output import Out
+
+Json = dict[str, Any]
+
+images = Branch(
+    "image",
+    {
+        "list": "artifacts:list_images",
+        "show": "artifacts:show_image",
+        "build": "artifacts:build_image",
+        "delete": "artifacts:delete_image",
+    },
+    aliases={"ls": "list", "rm": "delete"},
+    help="Root file systems. `vm create` builds the one it needs; this is for looking and tidying.",
+    epilog="Examples:\n  banger image list\n  banger image build debian-12",
+)
+
+kernels = Branch(
+    "kernel",
+    {
+        "list": "artifacts:list_kernels",
+        "show": "artifacts:show_kernel",
+        "pull": "artifacts:pull_kernel",
+        "delete": "artifacts:delete_kernel",
+    },
+    aliases={"ls": "list", "rm": "delete"},
+    help="Kernels. `vm create` pulls the one it needs; this is for looking and tidying.",
+    epilog="Examples:\n  banger kernel list\n  banger kernel pull debian-12",
+)
+
+
+def _lister(kind: str) -> click.Command:
+    @click.command("list", cls=Leaf, help=f"List the {kind}s that can be used, and which are here already.")
+    @click.pass_obj
+    def lister(out: Out) -> None:
+        reply = wire.call(f"{kind}.list")
+        rows = [
+            (
+                each["name"],
+                "yes" if each["present"] else "when needed",
+                None if each["size_bytes"] is None else layout.size(each["size_bytes"]),
+                layout.ago(each["created_us"]),
+                (each["digest"] or "")[:16] or None,
+            )
+            for each in reply[f"{kind}s"]
+        ]
+        out.show(reply, layout.table((kind.upper(), "HERE", "SIZE", "AGE", "DIGEST"), rows))
+
+    return lister
+
+
+def _shower(kind: str) -> click.Command:
+    @click.command("show", cls=Leaf, help=f"Show what one {kind} is made of.")
+    @click.argument("name", metavar="NAME")
+    @click.pass_obj
+    def shower(out: Out, name: str) -> None:
+        reply = wire.call(f"{kind}.show", **{kind: name})
+        out.show(reply, _story(reply.get(kind, reply)))
+
+    return shower
+
+
+def _story(found: Json) -> Iterator[str]:
+    yield from layout.pairs(
+        [
+            ("name", found["name"]),
+            ("digest", found["digest"]),
+            ("here", "yes" if found["present"] else "when needed"),
+            ("size", None if found["size_bytes"] is None else layout.size(found["size_bytes"])),
+            ("created", layout.moment(found["created_us"])),
+        ]
+    )
+    for key, value in (found["details"] or {}).items():
+        if isinstance(value, list):
+            yield from ("", f"{key}:", *(f"  {each}" for each in value))
+        else:
+            yield f"{key}: {value}"
+
+
+def _maker(kind: str, verb: str, sentence: str, done: str) -> click.Command:
+    @click.command(verb, cls=Leaf, help=sentence, epilog=f"Examples:\n  banger {kind} {verb} debian-12")
+    @click.argument("name", metavar="NAME")
+    @wait_option
+    @click.pass_obj
+    def maker(out: Out, name: str, waits: bool) -> None:
+        reply = wire.call(f"{kind}.{verb}", **{kind: name})
+        if not waits:
+            out.show(reply, [f"op: {reply['op']}"])
+            return
+        result = wait(reply["op"], out)
+        out.show({**reply, **result}, [f"{name} is {done} in {layout.seconds(result['seconds'])}"])
+
+    return maker
+
+
+list_images, list_kernels = _lister("image"), _lister("kernel")
+show_image, show_kernel = _shower("image"), _shower("kernel")
+build_image = _maker("image", "build", "Build an image from the distribution's own packages.", "built")
+pull_kernel = _maker("kernel", "pull", "Fetch a kernel and make its initrd.", "here")
+delete_image = _maker("image", "delete", "Delete an image that no VM uses.", "gone")
+delete_kernel = _maker("kernel", "delete", "Delete a kernel that no VM uses.", "gone")

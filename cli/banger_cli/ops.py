@@ -1,0 +1,165 @@
+"""`banger ops`: what was asked for, step by step, and what became of it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import click
+
+from banger import layout
+from banger.errors import BangerError, Cancelled, WrongState
+from banger_cli import wire
+from banger_cli.commands import Branch, Leaf, wait_option
+from banger_cli.follow import events, follow, settle
+from banger_cli.output import Out
+from banger_cli.screen import Screen
+
+Json = dict[str, Any]
+
+branch = Branch(
+    "ops",
+    {"list": "ops:list_", "show": "ops:show", "follow": "ops:follow_", "cancel": "ops:cancel"},
+    aliases={"ls": "list"},
+    help="See what was asked for and what became of it, step by step.",
+    epilog="""\
+Examples:
+  banger ops list                what goes on, and what went before
+  banger ops show op-k3f9a2      one, with its steps, their times and its error
+  banger ops follow op-k3f9a2    watch it, from its first event""",
+)
+
+_MARKS = {"done": "✓", "failed": "✗", "undone": "↩", "started": "·", "pending": " "}
+
+
+@click.command("list", cls=Leaf, epilog="""\
+Examples:
+  banger ops list
+  banger ops list --vm web --limit 5""")  # fmt: skip
+@click.option("--vm", metavar="NAME", help="Of this VM only.")
+@click.option("--limit", type=click.IntRange(1), default=20, show_default=True, help="The latest so many.")
+@click.pass_obj
+def list_(out: Out, vm: str | None, limit: int) -> None:
+    """List operations, the latest first."""
+    ops = wire.call("ops.list", vm=vm, limit=limit)["ops"]
+    rows = [
+        (op["id"], op["kind"], op["name"], op["fate"] or op["state"], op["step"], _took(op), _asked(op))
+        for op in ops
+    ]
+    out.show({"ops": ops}, layout.table(("OP", "KIND", "NAME", "STATE", "STEP", "TOOK", "ASKED"), rows))
+
+
+def _took(op: Json) -> str | None:
+    return None if op["ended_us"] is None else layout.seconds((op["ended_us"] - op["requested_us"]) / 1e6)
+
+
+def _asked(op: Json) -> str:
+    return f"{layout.ago(op['requested_us'])} ago"
+
+
+@click.command("show", cls=Leaf, epilog="""\
+Examples:
+  banger ops show op-k3f9a2
+  banger ops show op-k3f9a2 --json""")  # fmt: skip
+@click.argument("op", metavar="OP")
+@click.pass_obj
+def show(out: Out, op: str) -> None:
+    """Show one operation, step by step."""
+    found = wire.call("ops.show", op=op)["op"]
+    out.show({"op": found}, _story(found))
+
+
+def _story(op: Json) -> Iterator[str]:
+    yield from layout.pairs(
+        [
+            ("op", op["id"]),
+            ("kind", op["kind"]),
+            ("vm", f"{op['name']} ({op['vm']})" if op["vm"] else None),
+            ("state", op["fate"] or op["state"]),
+            ("asked", layout.moment(op["requested_us"])),
+            ("took", _took(op)),
+            ("claims", op["epoch"] if op["epoch"] > 1 else None),
+            *([("error", op["error"]["message"])] if op["error"] else []),
+            *([("hint", op["error"]["hint"])] if op["error"] and op["error"].get("hint") else []),
+        ]
+    )
+    yield from (f"undo error:  {words}" for words in op.get("undo_errors", ()))
+    if op["steps"]:
+        yield ""
+        yield from layout.table(("  STEP", "TOOK", "TRIES", "UNDO", "FACTS"), map(_step, op["steps"]))
+    if op["resources"]:
+        rows = [(each["kind"], each["id"], each["state"], each["step"]) for each in op["resources"]]
+        yield from ("", *layout.table(("RESOURCE", "ID", "STATE", "STEP"), rows))
+
+
+def _step(step: Json) -> tuple[str, str | None, int | None, str | None, str]:
+    took = step["seconds"]
+    undo = step["undo_seconds"]
+    said = step["error"]["message"] if step["error"] else _facts(step["facts"])
+    return (
+        f"{_MARKS.get(step['state'], '?')} {step['title']}",
+        None if took is None else layout.seconds(took),
+        step["attempts"] or None,
+        layout.seconds(undo) if undo is not None else "yes" if step["undone"] else None,
+        said,
+    )
+
+
+def _facts(facts: Json) -> str:
+    return " ".join(f"{key}={value}" for key, value in facts.items())
+
+
+@click.command("follow", cls=Leaf, epilog="""\
+Examples:
+  banger ops follow op-k3f9a2
+  banger ops follow op-k3f9a2 --after 1041 --json    from a cursor, one event per line""")  # fmt: skip
+@click.argument("op", metavar="OP")
+@click.option("--after", type=click.IntRange(0), default=0, help="Begin after the event with this number.")
+@click.pass_obj
+def follow_(out: Out, op: str, after: int) -> None:
+    """Watch an operation from its first event until it ends.
+
+    Exits by its fate. Nothing is lost or repeated, also when the daemon dies meanwhile.
+    Ctrl-C leaves it alone.
+    """
+    if out.as_json:
+        result: Json = {}
+        for line in events(op, after=after):
+            out.document(line)
+            result = line.get("result", result)
+        raise click.exceptions.Exit(_exit_code(result))
+    result = settle(follow(op, Screen(sys.stdout), after=after))
+    out.lines([f"done in {layout.seconds(result['seconds'])}"])
+
+
+def _exit_code(result: Json) -> int:
+    try:
+        settle(result)
+    except BangerError as error:
+        return error.exit_code  # the error itself is in the last line already
+    return 0
+
+
+@click.command("cancel", cls=Leaf, epilog="""\
+Examples:
+  banger ops cancel op-k3f9a2""")  # fmt: skip
+@click.argument("op", metavar="OP")
+@wait_option
+@click.pass_obj
+def cancel(out: Out, op: str, waits: bool) -> None:
+    """Stop an operation and undo what it has done.
+
+    Fails when it ended before it could be stopped.
+    """
+    reply = wire.call("ops.cancel", op=op)
+    if not waits:
+        out.show(reply, [f"{reply['op']} is asked to stop"])
+        return
+    result = follow(reply["op"], out.screen)
+    if result["fate"] == "done":
+        raise WrongState("It was done before it could be stopped.", op=reply["op"])
+    try:
+        settle(result)
+    except Cancelled:
+        out.show(result, [f"{reply['op']} is undone"])

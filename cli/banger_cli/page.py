@@ -1,0 +1,60 @@
+"""The pages that are static text, so that printing them costs nothing."""
+
+from __future__ import annotations
+
+TOP = """\
+banger: disposable virtual machines whose every step is on record
+
+  banger vm run --rm -- make test    a fresh machine runs one command and is gone;
+                                     its exit code is yours
+
+A machine has its own kernel, root file system, /root disk and name. Every request is an
+operation, op-XXXXXX: it survives the death of any process, and a failed one is undone.
+
+Machines
+  vm run        create one and go inside, or run a command in it
+  vm create     create one and start it
+  vm exec       run a command in one, its words exactly as typed
+  vm ssh        open a shell in one
+  vm list       which there are (also: banger ps)
+  vm show       all about one
+  vm logs       what its console said
+  vm start, stop, restart, kill, delete
+
+Operations
+  ops list      what was asked for, and what became of it
+  ops show      one, step by step
+  ops follow    watch one, from its first event
+  ops cancel    stop one and undo it
+
+Images and kernels
+  image list, show, build, delete
+  kernel list, show, pull, delete
+
+This host
+  doctor        is it fit, and what to do if not
+  daemon start, status, stop        (any command that needs the daemon starts it)
+
+Every command takes --json (or -o json), and --help with examples.
+`banger help exit-codes` lists the exit codes.
+"""
+
+EXIT_CODES = """\
+Exit codes
+
+  0    done
+  1    something inside banger went wrong
+  2    usage: the command or the request is not valid
+  3    not found
+  4    busy: in use, exists already, or in a state that does not allow it
+  5    the daemon does not answer, or could not be started
+  6    the operation failed, or was cancelled, and was undone
+  7    the operation is stuck: it could be neither finished nor undone
+  8    this host lacks something (`banger doctor` tells what)
+  9    the guest cannot be reached
+  130  Ctrl-C; an operation that was being waited for goes on
+
+`vm run -- CMD`, `vm exec` and `vm ssh` give the exit code of the command inside, and 128+n
+when it died of signal n. With --json an error is {"error": {"code", "message", "hint", "op"}} on
+standard output, with the same exit code.
+"""

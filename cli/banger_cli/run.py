@@ -1,0 +1,101 @@
+"""`banger vm run`: a machine, a command in it, and with --rm nothing left of either."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import click
+
+from banger import layout
+from banger.errors import BangerError, NotFound
+from banger_cli import session, wire
+from banger_cli.follow import Detached, follow, settle, wait
+from banger_cli.inside import enter, execute, remind
+from banger_cli.output import Out
+from banger_cli.spec import CreatesWithWords, spec_line, spec_options
+
+Json = dict[str, Any]
+
+
+@click.command("run", cls=CreatesWithWords, epilog="""\
+Examples:
+  banger vm run --rm -- make test          one command; nothing is left, whatever happens
+  banger vm run                            a shell in a new machine, which then stays
+  banger vm run --rm --memory 4G --nat     a shell in one that goes with it
+  banger vm run -d --name db               a machine in the background
+
+Next: banger vm list, banger vm delete NAME""")  # fmt: skip
+@click.option("--rm", is_flag=True, help="Delete the VM at the end, whatever happens.")
+@click.option("-d", "--detach", is_flag=True, help="Leave it running and come back; prints its name.")
+@spec_options
+@click.pass_obj
+def run(out: Out, /, rm: bool, detach: bool, words: tuple[str, ...], **spec: Any) -> int:
+    """Create a VM and go inside, or run one command in it.
+
+    The command's exit code is banger's. Only its output is on standard output; the stages are
+    on standard error.
+    """
+    interactive = not (detach or words or out.as_json) and session.stdin_is_terminal() and sys.stdout.isatty()
+    _refuse_nonsense(rm=rm, detach=detach, command=bool(words), interactive=interactive)
+    with wire.connect() as daemon:
+        made = daemon.request("vm.create", start=True, ephemeral=rm, **spec)
+        with _gone_at_end(out, daemon, made) if rm else contextlib.nullcontext():
+            ready = _boot(out, made)
+            if words:
+                code = execute(out, made["vm"], words, about=ready)
+            elif interactive:
+                code = enter(wire.call("vm.ssh", vm=made["vm"])["argv"])
+            else:
+                code = 0
+                out.show(ready, [made["name"] if detach else f"banger vm ssh {made['name']}"])
+        if not rm and (words or interactive):
+            remind(out, made["name"])
+    return code
+
+
+def _refuse_nonsense(*, rm: bool, detach: bool, command: bool, interactive: bool) -> None:
+    here = click.get_current_context()
+    if detach and (rm or command):
+        raise click.UsageError(f"-d does not go with {'--rm' if rm else 'a command'}.", here)
+    if rm and not (command or interactive):
+        raise click.UsageError("--rm needs a command after --, or a terminal for a shell.", here)
+
+
+def _boot(out: Out, made: Json) -> Json:
+    out.note(spec_line(made["spec"]))
+    out.note(f"op: {made['op']}")
+    result = wait(made["op"], out)
+    out.note(f"ready in {layout.seconds(result['seconds'])}")
+    return {**made, "fate": result["fate"], "seconds": result["seconds"]}
+
+
+@contextlib.contextmanager
+def _gone_at_end(out: Out, daemon: wire.Connection, made: Json) -> Iterator[None]:
+    """Delete an ephemeral VM at the end; if we die first, in any way, the daemon does.
+
+    Its sign is the end of the connection on which the VM was asked for, so Ctrl-C while it boots
+    just leaves. A deletion that fails is an error of its own: something is left.
+    """
+    daemon.request("vm.tether", vm=made["vm"])
+    try:
+        yield
+    except Detached as left:
+        left.hint = f"{made['name']} is being deleted; `banger ops list` shows it."
+        raise
+    except BaseException:
+        try:
+            _delete(out, made)
+        except BangerError as error:
+            out.warn(error)
+        raise
+    _delete(out, made)
+
+
+def _delete(out: Out, made: Json) -> None:
+    with contextlib.suppress(NotFound):  # a create that failed was undone: it is gone already
+        op = wire.call("vm.delete", vm=made["vm"])["op"]
+        result = settle(follow(op))
+        out.note(f"{made['name']} is gone in {layout.seconds(result['seconds'])}")

@@ -1,0 +1,210 @@
+"""`banger vm`: the life of a VM, seen from outside."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import click
+
+from banger import layout
+from banger.errors import BangerError
+from banger_cli import wire
+from banger_cli.commands import Branch, Leaf, wait_option
+from banger_cli.follow import Detached, wait
+from banger_cli.output import Out
+from banger_cli.spec import Creates, name, spec_line, spec_options
+
+Json = dict[str, Any]
+
+branch = Branch(
+    "vm",
+    {
+        "run": "run:run",
+        "create": "vm:create",
+        "exec": "inside:exec_",
+        "ssh": "inside:ssh",
+        "list": "vm:list_",
+        "show": "vm:show",
+        "logs": "inside:logs",
+        "start": "vm:start",
+        "stop": "vm:stop",
+        "restart": "vm:restart",
+        "kill": "vm:kill",
+        "delete": "vm:delete",
+    },
+    aliases={"ps": "list", "ls": "list", "rm": "delete"},
+    help="Make virtual machines, go inside, throw them away.",
+    epilog="""\
+Examples:
+  banger vm run --rm -- uname -a      one command in a fresh machine
+  banger vm create web --wait         a machine that stays
+  banger vm exec web -- make test     a command in it
+  banger vm delete web                without a trace""",
+)
+
+
+@click.command("create", cls=Creates, epilog="""\
+Examples:
+  banger vm create web --wait
+  banger vm create big --vcpu 4 --memory 4G --disk-size 20G --nat --wait
+  for i in 1 2 3; do banger vm create web-$i; done; banger ops list
+
+Next: banger vm ssh web""")  # fmt: skip
+@click.argument("positional", metavar="[NAME]", required=False, type=name)
+@spec_options
+@click.option("--no-start", is_flag=True, help="Make its disks only.")
+@click.option("--wait", "waits", is_flag=True, help="Show the stages and wait until it is ready.")
+@click.pass_obj
+def create(out: Out, /, positional: str | None, no_start: bool, waits: bool, **spec: Any) -> None:
+    """Create a VM and start it.
+
+    Prints what it is made of and the operation's id at once, and returns while the work goes on.
+    """
+    spec["name"] = _one_name(positional, spec["name"])
+    reply = wire.call("vm.create", start=not no_start, ephemeral=False, **spec)
+    out.lines([spec_line(reply["spec"]), f"op: {reply['op']}"])
+    if waits:
+        result = wait(reply["op"], out)
+        reply |= {"fate": result["fate"], "seconds": result["seconds"]}
+        out.lines([f"{'created' if no_start else 'ready'} in {layout.seconds(result['seconds'])}"])
+    if out.as_json:
+        out.document(reply)
+
+
+def _one_name(positional: str | None, option: str | None) -> str | None:
+    if positional and option and positional != option:
+        raise click.UsageError(
+            f"Two names are given: {positional} and {option}.", click.get_current_context()
+        )
+    return positional or option
+
+
+_AT_REST = ("stopped", "failed")
+
+
+@click.command("list", cls=Leaf, epilog="""\
+Examples:
+  banger ps                           those that run, or are on their way
+  banger ps -a                        all of them
+  banger vm delete $(banger ps -aq)   away with all""")  # fmt: skip
+@click.option("-a", "--all", "everything", is_flag=True, help="Stopped and failed ones too.")
+@click.option("-q", "--quiet", is_flag=True, help="Names only.")
+@click.pass_obj
+def list_(out: Out, everything: bool, quiet: bool) -> None:
+    """List the VMs. It never waits for a sick one."""
+    if not (quiet or out.as_json):
+        with wire.connect() as daemon:
+            out.lines(daemon.text("vm.table", all=everything).splitlines())
+        return
+    vms = [vm for vm in wire.call("vm.list")["vms"] if everything or vm["state"] not in _AT_REST]
+    out.show({"vms": vms}, [vm["name"] for vm in vms])
+
+
+@click.command("show", cls=Leaf, epilog="""\
+Examples:
+  banger vm show web
+  banger vm show web --json""")  # fmt: skip
+@click.argument("vm", metavar="NAME")
+@click.pass_obj
+def show(out: Out, vm: str) -> None:
+    """Show all about a VM, what it holds and what was done to it."""
+    found = wire.call("vm.show", vm=vm)["vm"]
+    out.show({"vm": found}, _story(found))
+
+
+def _story(vm: Json) -> Iterator[str]:
+    asked = "" if vm["desired"] == vm["state"] else f" (asked for: {vm['desired']})"
+    yield from layout.pairs(
+        [
+            ("name", vm["name"]),
+            ("id", vm["id"]),
+            ("state", vm["state"] + asked),
+            ("reason", vm["reason"]),
+            ("at work", vm["op"]),
+            ("image", vm["image"]),
+            ("kernel", vm["kernel"]),
+            ("vcpu", vm["vcpu"]),
+            ("memory", f"{vm['memory_mib']}MiB"),
+            ("disk", f"{vm['disk_mib']}MiB"),
+            ("nat", "on" if vm["nat"] else "off"),
+            ("ephemeral", "yes, it goes with the command that made it" if vm["ephemeral"] else None),
+            ("created", layout.moment(vm["created_us"])),
+            ("started", layout.moment(vm["started_us"])),
+            ("ssh port", vm["ssh_port"]),
+            ("pid", vm["pid"]),
+            ("accelerator", vm.get("accelerator")),
+            ("console", vm.get("console")),
+        ]
+    )
+    if vm["resources"]:
+        rows = [(each["kind"], each["id"], each["state"], each["op"]) for each in vm["resources"]]
+        yield from ("", *layout.table(("RESOURCE", "ID", "STATE", "OP"), rows))
+    if vm["history"]:
+        history = [
+            (layout.moment(each["time_us"]), each["op"], each["kind"], each["fate"]) for each in vm["history"]
+        ]
+        yield from ("", *layout.table(("WHEN", "OP", "KIND", "FATE"), history))
+
+
+def _verb(word: str, sentence: str, done: str) -> click.Command:
+    """Make the command for an operation on VMs that exist."""
+
+    @click.command(word, cls=Leaf, help=sentence, epilog=f"Examples:\n  banger vm {word} web")
+    @click.argument("vms", metavar="NAME...", nargs=-1, required=True)
+    @wait_option
+    @click.pass_obj
+    def verb(out: Out, vms: tuple[str, ...], waits: bool) -> int:
+        return _on_each(out, vms, f"vm.{word}", done if waits else None)
+
+    return verb
+
+
+def _on_each(out: Out, vms: tuple[str, ...], method: str, done: str | None) -> int:
+    """Ask for all first, so that they go on side by side, then wait for each in turn.
+
+    One name fails as any command does; of several, each tells its own end and the first error
+    decides the exit code.
+    """
+    asked = [_attempt(functools.partial(wire.call, method, vm=vm)) for vm in vms]
+    results = [_finish(out, one, done) for one in asked]
+    failures = [one for one in results if isinstance(one, BangerError)]
+    if len(vms) == 1 and failures:
+        raise failures[0]
+    for failure in failures:
+        if not out.as_json:
+            out.warn(failure)
+    if out.as_json:
+        ops = [{"error": one.to_dict()} if isinstance(one, BangerError) else one for one in results]
+        out.document(ops[0] if len(vms) == 1 else {"ops": ops})
+    return failures[0].exit_code if failures else 0
+
+
+def _attempt(act: functools.partial[Json]) -> Json | BangerError:
+    try:
+        return act()
+    except Detached:
+        raise
+    except BangerError as error:
+        return error
+
+
+def _finish(out: Out, asked: Json | BangerError, done: str | None) -> Json | BangerError:
+    if isinstance(asked, BangerError):
+        return asked
+    if done is None:
+        out.lines([f"{asked['name']}: {asked['op']}"])
+        return asked
+    result = _attempt(functools.partial(wait, asked["op"], out))
+    if isinstance(result, BangerError):
+        return result
+    out.lines([f"{asked['name']} {done} in {layout.seconds(result['seconds'])}"])
+    return {**asked, "fate": result["fate"], "seconds": result["seconds"]}
+
+
+start = _verb("start", "Start VMs that are stopped. One that runs already is left alone.", "is ready")
+stop = _verb("stop", "Stop VMs: gracefully, then with the power button, then at once.", "has stopped")
+restart = _verb("restart", "Stop VMs gracefully and start them again.", "is ready again")
+kill = _verb("kill", "Stop VMs at once; what the guest has not written is lost.", "is off")
+delete = _verb("delete", "Delete VMs, whatever state they are in, without a trace.", "is gone")

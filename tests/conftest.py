@@ -1,0 +1,46 @@
+"""What all tests share: a private home for one banger, and a check that nothing is left of it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from banger import config
+from banger.events.log import EventLog
+
+
+@pytest.fixture
+def short_path() -> Iterator[Path]:
+    """A directory whose path is short enough for sockets."""
+    path = Path(tempfile.mkdtemp(prefix="bg-", dir="/tmp"))
+    yield path
+    shutil.rmtree(path, ignore_errors=True)
+
+
+@pytest.fixture
+def dirs(short_path: Path) -> config.Dirs:
+    """Private directories of one owner, made; the cache is the user's own (images are costly)."""
+    environ = {
+        "HOME": os.environ.get("HOME", "/"),
+        "XDG_STATE_HOME": str(short_path / "state"),
+        "XDG_RUNTIME_DIR": str(short_path / "run"),
+        "XDG_CONFIG_HOME": str(short_path / "config"),
+        **{key: os.environ[key] for key in ("XDG_CACHE_HOME",) if key in os.environ},
+    }
+    (short_path / "run").mkdir(mode=0o700)
+    found = config.find_dirs(environ)
+    found.make()
+    return found
+
+
+@pytest.fixture
+def log(dirs: config.Dirs) -> Iterator[EventLog]:
+    """An empty event log."""
+    opened = EventLog(dirs.database, dirs.work_bell, dirs.event_bell, "test")
+    yield opened
+    opened.close()
