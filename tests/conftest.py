@@ -44,3 +44,19 @@ def log(dirs: config.Dirs) -> Iterator[EventLog]:
     opened = EventLog(dirs.database, dirs.work_bell, dirs.event_bell, "test")
     yield opened
     opened.close()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--matrix", action="store_true", help="run the long matrices whole, not every ninth case"
+    )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out most of the long matrices unless --matrix asks for them; the same ninth each time."""
+    if config.getoption("--matrix"):
+        return
+    slow = [item for item in items if item.get_closest_marker("slow")]
+    left_out = {item for number, item in enumerate(slow) if number % 9}
+    config.hook.pytest_deselected(items=list(left_out))
+    items[:] = [item for item in items if item not in left_out]
