@@ -42,7 +42,9 @@ class Server:
         """Start serving on a socket that only its owner may open."""
         with contextlib.suppress(FileNotFoundError):
             path.unlink()  # a dead daemon's: this one holds the lock
-        return await asyncio.start_unix_server(self._serve, path, limit=p.MAX_REQUEST)
+        serving = await asyncio.start_unix_server(self._serve, path, limit=p.MAX_REQUEST)
+        path.chmod(0o600)  # below a directory of 0700: nobody else could reach it meanwhile
+        return serving
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:

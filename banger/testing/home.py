@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
@@ -14,9 +15,15 @@ from typing import Any
 import msgspec
 
 from banger import config, proc
+from banger.events import queries
+from banger.events import vocabulary as ev
+from banger.events.log import EventLog
 from banger.model import Process
+from banger.network import user
 
 DAEMON_GONE_S = 15.0
+ENDLESS = ("daemon.sock", "work.fifo", "events.fifo")
+"""What stays in the runtime directory when no VM is left."""
 
 
 class Home:
@@ -48,7 +55,7 @@ class Home:
         """Run the command line; output as text, standard input empty unless given."""
         more.setdefault("stdin", subprocess.DEVNULL) if "input" not in more else None
         return subprocess.run(
-            [str(Path(sys.executable).with_name("banger")), *words],
+            self.argv(*words),
             env=self.environ,
             capture_output=True,
             text=True,
@@ -64,6 +71,47 @@ class Home:
             return msgspec.json.decode(done.stdout)
         except msgspec.DecodeError:
             raise AssertionError(f"{words}: {done.returncode}\n{done.stdout}\n{done.stderr}") from None
+
+    def start(self, *words: str, **more: Any) -> subprocess.Popen[bytes]:
+        """Start the command line and come back; all three streams are pipes unless given."""
+        for stream in ("stdin", "stdout", "stderr"):
+            more.setdefault(stream, subprocess.PIPE)
+        return subprocess.Popen(self.argv(*words), env=self.environ, **more)
+
+    def argv(self, *words: str) -> list[str]:
+        """Give the command line's whole argv."""
+        return [str(Path(sys.executable).with_name("banger")), *words]
+
+    def vmm(self, vm: str) -> Process:
+        """Identify the process that runs a VM."""
+        pid = self.json("vm", "show", vm)["vm"]["pid"]
+        process = None if pid is None else proc.identify(pid)
+        assert process is not None, f"{vm} does not run"
+        return process
+
+    def leftovers(self, root: Path = Path("/")) -> list[str]:
+        """List what is left of any VM: rows, ledger lines, work, files, sockets, VMMs, listeners.
+
+        `root` is where this home's paths are found when it lives in another mount namespace.
+        """
+
+        def seen(path: Path) -> Path:
+            return root / path.relative_to("/")
+
+        left = [f"process {process.pid}" for process in self.processes() if _runs_qemu(process)]
+        if not seen(self.dirs.database).exists():
+            return left
+        log = EventLog(seen(self.dirs.database), self.path / "own.work", self.path / "own.fifo", "test")
+        try:
+            left += [f"vm {vm.spec.name}" for vm in queries.vms(log)]
+            left += [f"{r.kind} {r.id} of {r.op}" for r in queries.resources(log) if r.kind != "artifact"]
+            left += [f"work {op.id}" for op in queries.ops(log, limit=1000) if op.state != "ended"]
+            ports = {row.event.ssh_port for row in log.read() if isinstance(row.event, ev.VmStarted)}
+        finally:
+            log.close()
+        left += [str(path) for path in seen(self.dirs.state / "vms").iterdir()]
+        left += [str(path) for path in seen(self.dirs.runtime).iterdir() if path.name not in ENDLESS]
+        return left + [f"listener on {port}" for port in sorted(ports) if _listens(port)]
 
     def daemon(self) -> int | None:
         """Give the pid of this home's daemon, if one runs."""
@@ -96,3 +144,15 @@ class Home:
         self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _runs_qemu(process: Process) -> bool:
+    try:
+        return Path(f"/proc/{process.pid}/exe").readlink().name.startswith("qemu-")
+    except OSError:
+        return False
+
+
+def _listens(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex((user.HOST_ADDRESS, port)) == 0
