@@ -89,29 +89,9 @@ class Home:
         assert process is not None, f"{vm} does not run"
         return process
 
-    def leftovers(self, root: Path = Path("/")) -> list[str]:
-        """List what is left of any VM: rows, ledger lines, work, files, sockets, VMMs, listeners.
-
-        `root` is where this home's paths are found when it lives in another mount namespace.
-        """
-
-        def seen(path: Path) -> Path:
-            return root / path.relative_to("/")
-
-        left = [f"process {process.pid}" for process in self.processes() if _runs_qemu(process)]
-        if not seen(self.dirs.database).exists():
-            return left
-        log = EventLog(seen(self.dirs.database), self.path / "own.work", self.path / "own.fifo", "test")
-        try:
-            left += [f"vm {vm.spec.name}" for vm in queries.vms(log)]
-            left += [f"{r.kind} {r.id} of {r.op}" for r in queries.resources(log) if r.kind != "artifact"]
-            left += [f"work {op.id}" for op in queries.ops(log, limit=1000) if op.state != "ended"]
-            ports = {row.event.ssh_port for row in log.read() if isinstance(row.event, ev.VmStarted)}
-        finally:
-            log.close()
-        left += [str(path) for path in seen(self.dirs.state / "vms").iterdir()]
-        left += [str(path) for path in seen(self.dirs.runtime).iterdir() if path.name not in ENDLESS]
-        return left + [f"listener on {port}" for port in sorted(ports) if _listens(port)]
+    def leftovers(self) -> list[str]:
+        """List what is left of any VM here; see `leftovers`."""
+        return leftovers(self.dirs)
 
     def daemon(self) -> int | None:
         """Give the pid of this home's daemon, if one runs."""
@@ -144,6 +124,25 @@ class Home:
         self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
     ) -> None:
         self.close()
+
+
+def leftovers(dirs: config.Dirs) -> list[str]:
+    """List what is left of any VM: rows, ledger lines, work, files, sockets, VMMs, listeners."""
+    owned = proc.find_by_environ("XDG_STATE_HOME", str(dirs.state.parent))
+    left = [f"process {process.pid}" for process in owned if _runs_qemu(process)]
+    if not dirs.database.exists():
+        return left
+    log = EventLog(dirs.database, dirs.work_bell, dirs.event_bell, "test")
+    try:
+        left += [f"vm {vm.spec.name}" for vm in queries.vms(log)]
+        left += [f"{r.kind} {r.id} of {r.op}" for r in queries.resources(log) if r.kind != "artifact"]
+        left += [f"work {op.id}" for op in queries.ops(log, limit=1000) if op.state != "ended"]
+        ports = {row.event.ssh_port for row in log.read() if isinstance(row.event, ev.VmStarted)}
+    finally:
+        log.close()
+    left += [str(path) for path in (dirs.state / "vms").iterdir()]
+    left += [str(path) for path in dirs.runtime.iterdir() if path.name not in ENDLESS]
+    return left + [f"listener on {port}" for port in sorted(ports) if _listens(port)]
 
 
 def _runs_qemu(process: Process) -> bool:

@@ -1,0 +1,109 @@
+"""Make what a VM is made of: a name, a directory, keys, disks; nothing runs yet."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+from typing import Any
+
+from banger.events import vocabulary as ev
+from banger.guest import keys
+from banger.model import Resource
+from banger.storage import ext4
+from banger.tasks import artifacts
+from banger.tasks.context import Ctx
+from banger.tasks.pipeline import Step
+
+
+def _use_image(ctx: Ctx) -> dict[str, Any]:
+    """Find the image by name when the VM is made, by digest ever after."""
+    return {"image_digest": artifacts.image(ctx, ctx.vm.spec.image).digest}
+
+
+def _use_kernel(ctx: Ctx) -> dict[str, Any]:
+    return {"kernel_digest": artifacts.kernel(ctx, ctx.vm.spec.kernel).digest}
+
+
+def _directory(ctx: Ctx) -> list[Resource]:
+    return [Resource(kind="directory", id=str(ctx.paths.directory))]
+
+
+def _make_directory(ctx: Ctx) -> None:
+    ctx.paths.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+
+
+def remove_directory(ctx: Ctx) -> None:
+    """Make it so that the VM has no files."""
+    with contextlib.suppress(FileNotFoundError):
+        shutil.rmtree(ctx.paths.directory)
+
+
+def _make_keys(ctx: Ctx) -> None:
+    """Make the guest's host key here, so that it is known before the first connection."""
+    paths = ctx.paths
+    pem = keys.make_key_file(paths.host_key)
+    paths.known_hosts.write_text(keys.known_hosts_line(ctx.vm_id, pem) + "\n", "ascii")
+    keys.make_key_file(ctx.dirs.user_key)
+
+
+def _disks(ctx: Ctx) -> list[Resource]:
+    return [Resource(kind="file", id=str(path)) for path in (ctx.paths.overlay, ctx.paths.work)]
+
+
+def _make_disks(ctx: Ctx) -> None:
+    ext4.make(ctx.paths.overlay, ctx.config.overlay_mib, label="overlay")
+    ext4.make(ctx.paths.work, ctx.vm.spec.disk_mib, label="work")
+    facts = ctx.facts
+    created = ev.VmCreated(image_digest=facts["image_digest"], kernel_digest=facts["kernel_digest"])
+    ctx.emit(ctx.vm_id, created)
+
+
+def _remove_disks(ctx: Ctx) -> None:
+    ctx.paths.overlay.unlink(missing_ok=True)
+    ctx.paths.work.unlink(missing_ok=True)
+
+
+def _name(ctx: Ctx) -> list[Resource]:
+    return [Resource(kind="name", id=ctx.vm.spec.name)]
+
+
+def free_name(ctx: Ctx) -> None:
+    """Record that the VM is no more; from then on its name may be taken."""
+    ctx.emit(ctx.vm_id, ev.VmDeleted())
+
+
+MAKE = (
+    Step(
+        name="name",
+        title="reserve the name",
+        run=lambda _: None,  # the request itself reserved it
+        undo=free_name,
+        acquires=_name,
+    ),
+    Step(
+        name="image",
+        title="image",
+        run=_use_image,
+        why_no_undo="it only looks; an image that had to be built stays for the next VM",
+    ),
+    Step(
+        name="kernel",
+        title="kernel",
+        run=_use_kernel,
+        why_no_undo="it only looks; a kernel that had to be unpacked stays for the next VM",
+    ),
+    Step(
+        name="directory",
+        title="directory",
+        run=_make_directory,
+        undo=remove_directory,
+        acquires=_directory,
+    ),
+    Step(
+        name="keys",
+        title="SSH host key",
+        run=_make_keys,
+        why_no_undo="it goes with the directory; the user's own key pair stays",
+    ),
+    Step(name="disks", title="disks", run=_make_disks, undo=_remove_disks, acquires=_disks),
+)
