@@ -33,7 +33,7 @@ _decoder = msgspec.json.Decoder(ev.AnyEvent)
 _actor_decoder = msgspec.json.Decoder(Actor)
 
 COLUMNS = "seq, stream, version, op, data, actor, time_us, boot_us"
-_NO_HASH = b"\0" * 32
+NO_HASH = b"\0" * 32
 _CROCKFORD = "0123456789abcdefghjkmnpqrstvwxyz"
 _EPOCH_MS = 1_735_689_600_000  # 2025-01-01: 40 bits of milliseconds last until 2059
 
@@ -65,7 +65,7 @@ class Tx:
         self._actor = actor
         last = db.execute("SELECT seq, hash FROM event ORDER BY seq DESC LIMIT 1").fetchone()
         self._seq: int = last[0] if last else 0
-        self._hash: bytes = last[1] if last else _NO_HASH
+        self._hash: bytes = last[1] if last else NO_HASH
 
     def mint_op(self) -> str:
         """Make an operation id that no other operation has."""
@@ -192,32 +192,64 @@ class EventLog:
             tx.append(op, ev.OpCancelRequested(), op=op)
             return True
 
+    def at(self, time_us: int) -> int:
+        """Give the number of the last event appended up to a moment (µs since the epoch); 0 for none.
+
+        The log's order is `seq`; where the clock was set back, the later rows with earlier times count.
+        """
+        found = self.db.execute("SELECT max(seq) FROM event WHERE time_us <= ?", (time_us,)).fetchone()
+        return int(found[0] or 0)
+
     def read(
-        self, *, after: int = 0, stream: str | None = None, op: str | None = None, limit: int = -1
+        self,
+        *,
+        after: int = 0,
+        stream: str | None = None,
+        op: str | None = None,
+        kind: str | None = None,
+        limit: int = -1,
+        newest: bool = False,
     ) -> list[Recorded]:
-        """Read events with `seq > after` in order; of one stream or one operation if given."""
+        """Read events with `seq > after` in order; of one stream, operation or type if given.
+
+        At most `limit` of them: the first, or the `newest`.
+        """
         where, values = ["seq > ?"], [after]
-        for column, value in (("stream", stream), ("op", op)):
+        for column, value in (("stream", stream), ("op", op), ("type", kind)):
             if value is not None:
                 where.append(f"{column} = ?")
                 values.append(value)  # type: ignore[arg-type]
+        order = "DESC" if newest else "ASC"
         rows = self.db.execute(
-            f"SELECT {COLUMNS} FROM event WHERE {' AND '.join(where)} ORDER BY seq LIMIT ?",  # noqa: S608  constant words
+            f"SELECT {COLUMNS} FROM event WHERE {' AND '.join(where)} ORDER BY seq {order} LIMIT ?",  # noqa: S608
             (*values, limit),
         )
-        return [decode(row) for row in rows]
+        found = [decode(row) for row in rows]
+        return found[::-1] if newest else found
 
     def last_seq(self) -> int:
         """Give the number of the newest event; 0 when there is none."""
         return int(self.db.execute("SELECT coalesce(max(seq), 0) FROM event").fetchone()[0])
 
-    def rebuild(self) -> None:
-        """Throw the projections away and make them again from the log."""
+    def rebuild(self) -> list[str]:
+        """Throw the projections away and make them again from the log.
+
+        Returns the names of those that were not, byte for byte, what the log says: none, unless
+        something else wrote to the database.
+        """
         with self.transaction(durable=True) as tx:
-            for table in tables.PROJECTIONS:
-                tx.db.execute(f"DELETE FROM {table._meta.table_name}")  # noqa: S608  our own names
-            for row in tx.db.execute(f"SELECT {COLUMNS} FROM event ORDER BY seq").fetchall():  # noqa: S608
+            before = self.projected()
+            for name in before:
+                tx.db.execute(f"DELETE FROM {name}")  # noqa: S608  our own names
+            for row in tx.db.execute(f"SELECT {COLUMNS} FROM event ORDER BY seq"):  # noqa: S608
                 project(tx.db, decode(row))
+            after = self.projected()
+        return [name for name in before if before[name] != after[name]]
+
+    def projected(self) -> dict[str, list[tuple[Any, ...]]]:
+        """Give every row of every projection, sorted."""
+        names = [table._meta.table_name for table in tables.PROJECTIONS]
+        return {name: sorted(self.db.execute(f"SELECT * FROM {name}"), key=repr) for name in names}  # noqa: S608
 
 
 def decode(row: tuple[Any, ...]) -> Recorded:

@@ -149,6 +149,14 @@ def find_vm(log: EventLog, word: str) -> Vm:
     return vm_decoder.decode(row.data)
 
 
+def vm_ids(log: EventLog, word: str | None = None) -> list[str]:
+    """List the ids of all VMs there have ever been, the oldest first; of one name or id if given."""
+    query = OpRow.select(OpRow.vm).where(OpRow.kind == "vm.create").order_by(OpRow.vm)
+    if word is not None:
+        query = query.where((OpRow.name == word) | (OpRow.vm == word))
+    return [row.vm for row in query.execute(log.peewee)]
+
+
 def vms(log: EventLog) -> list[Vm]:
     """List every VM, the oldest first."""
     query = VmRow.select(VmRow.data).order_by(VmRow.vm)

@@ -138,6 +138,25 @@ class VmList(Request):
     method = "vm.list"
 
 
+class VmListAt(Request):
+    """The VMs as they were at a moment, in microseconds since the epoch -> {vms}."""
+
+    method = "vm.list-at"
+    time_us: int
+
+
+class VmHistory(OneVm):
+    """What was done to the VMs that had this name, the oldest first; also when they are gone -> {ops}."""
+
+    method = "vm.history"
+
+
+class VmWhy(OneVm):
+    """Its last failure, also when it is gone -> {vm, name, state, reason, op}."""
+
+    method = "vm.why"
+
+
 class VmTable(Request):
     """The VMs as text, without JSON around it; the connection then ends."""
 
@@ -176,6 +195,34 @@ class OpsCancel(Request):
 
     method = "ops.cancel"
     op: str
+
+
+class EventsList(Request):
+    """Events with seq > `after`, of an operation, a VM or a type if given -> {events}.
+
+    At most `limit` of them, the first or the `newest`, always in order.
+    """
+
+    method = "events.list"
+    after: int = 0
+    limit: int = 1000
+    newest: bool = False
+    op: str | None = None
+    vm: str | None = None
+    type: str | None = None
+
+
+class EventsTail(Request):
+    """Every event with seq > `after`, as it comes -> event lines, until the client goes."""
+
+    method = "events.tail"
+    after: int = 0
+
+
+class StateRebuild(Request):
+    """Throw the projections away and make them again from the log -> {events, changed, seconds}."""
+
+    method = "state.rebuild"
 
 
 class ImageList(Request):

@@ -87,6 +87,10 @@ class Server:
         match request:
             case p.OpsFollow():
                 await self._follow(request, writer)
+            case p.EventsTail(after=after):
+                async for row in self._tail.everything(after):
+                    writer.write(msgspec.json.encode({"event": views.event(row)}) + b"\n")
+                    await writer.drain()
             case p.VmLogs():
                 await self._logs(request, writer)
             case p.VmExec():

@@ -23,6 +23,7 @@ from banger.model import Resource, VmSpec, check_artifact_name, check_vm_name
 from banger.rpc import protocol as p
 from banger.rpc import views
 from banger.rpc.names import random_name
+from banger.rpc.past import Past
 from banger.tasks.pipeline import Pipeline
 from banger.tasks.registry import pipelines
 from banger.tasks.vm import ONLY_MAKE
@@ -74,6 +75,7 @@ class Service:
             p.KernelShow: lambda r: {"kernel": self._artifact("kernel", r.kernel)},
             p.KernelPull: lambda r: self._make("kernel.pull", "kernel", r.kernel),
             p.KernelDelete: lambda r: self._delete("kernel", r.kernel),
+            **Past(log).answers,
         }
 
     def answer(self, request: p.Request) -> dict[str, Any]:
@@ -125,7 +127,7 @@ class Service:
         first = pipeline.steps[0]
         own: tuple[ev.Event, ...] = (
             ev.StepStarted(
-                step=0, name=first.name, title=first.title, attempt=1, deadline_s=first.deadline_s
+                step=0, name=first.name, title=first.title, attempt=0, deadline_s=first.deadline_s
             ),
             ev.ResourceIntended(resource=Resource(kind="name", id=spec.name), vm=vm, step=first.name),
         )

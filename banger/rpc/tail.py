@@ -58,6 +58,21 @@ class Tail:
             if not self._followers[op]:
                 del self._followers[op]
 
+    async def everything(self, after: int) -> AsyncIterator[Recorded]:
+        """Give every event with seq > `after`, for ever."""
+        queue: asyncio.Queue[Recorded] = asyncio.Queue()
+        self.listeners.append(queue.put_nowait)
+        try:
+            for row in self._log.read(after=after):
+                queue.put_nowait(row)
+            while True:
+                row = await queue.get()
+                if row.seq > after:
+                    after = row.seq
+                    yield row
+        finally:
+            self.listeners.remove(queue.put_nowait)
+
     async def follow(self, op: str, after: int = 0) -> AsyncIterator[Recorded]:
         """Give the events of an operation with seq > `after` until it has ended.
 

@@ -22,12 +22,12 @@ _DOING = {
 }
 
 
-def vm(vm: Vm, active: OpSummary | None) -> dict[str, Any]:
-    """Show a VM: asked-for and actual state side by side."""
+def vm(vm: Vm, active: OpSummary | None, *, then: bool = False) -> dict[str, Any]:
+    """Show a VM: asked-for and actual state side by side; `then`: as the log told it at the time."""
     return {
         "id": vm.id,
         "name": vm.spec.name,
-        "state": _state(vm, active),
+        "state": vm.state if then else _state(vm, active),
         "desired": vm.desired,
         "image": vm.spec.image,
         "kernel": vm.spec.kernel,

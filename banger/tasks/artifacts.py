@@ -16,6 +16,12 @@ from banger.tasks.pipeline import Pipeline, Step
 BUILD_S = 1200.0
 
 
+def foresee_kernel(ctx: Ctx, name: str) -> None:
+    """Have the kernel fetched beside the image when both are missing."""
+    if _published(ctx, "kernel", name) is None:
+        ctx.foresee(PULL_KERNEL, lane=f"kernel:{name}", args={"name": name})
+
+
 def image(ctx: Ctx, name: str) -> Artifact:
     """Give the image of this name; wait for the operation that builds it when there is none."""
     return ctx.require(

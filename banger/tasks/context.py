@@ -146,6 +146,11 @@ class Ctx:
             self._raise_child(self.op.last_child)
         raise Park(pipeline.request(lane=lane, args=args, name=args.get("name")), reason)
 
+    def foresee(self, pipeline: Pipeline, *, lane: str, args: dict[str, Any]) -> None:
+        """Request what a later step will wait for, so that it is made meanwhile."""
+        if queries.active_op(self.log, pipeline.kind, lane) is None:
+            self.log.request(pipeline.request(lane=lane, args=args, name=args.get("name")))
+
     def _raise_child(self, child: str) -> NoReturn:
         row = queries.op(self.log, child)
         error = (row.error if row else None) or {"message": f"{child} did not make it."}

@@ -17,6 +17,7 @@ from banger.tasks.pipeline import Step
 
 def _use_image(ctx: Ctx) -> dict[str, Any]:
     """Find the image by name when the VM is made, by digest ever after."""
+    artifacts.foresee_kernel(ctx, ctx.vm.spec.kernel)
     return {"image_digest": artifacts.image(ctx, ctx.vm.spec.image).digest}
 
 

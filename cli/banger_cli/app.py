@@ -24,6 +24,8 @@ root = Root(
     {
         "vm": "vm:branch",
         "ops": "ops:branch",
+        "events": "events:branch",
+        "state": "events:state",
         "image": "artifacts:images",
         "kernel": "artifacts:kernels",
         "daemon": "daemon:branch",

@@ -106,8 +106,9 @@ def enter(argv: list[str], words: Sequence[str] = ()) -> int:
         return attach(argv)
     program, *options = argv
     terminal = ["-t"] if session.stdin_is_terminal() and sys.stdout.isatty() else []
-    # ssh joins its words and the guest's shell splits them again: so they are quoted here.
-    return attach([program, *terminal, *options, "--", shlex.join(words)])
+    # ssh joins its words and the guest's shell splits them again: so they are quoted here. And ssh
+    # gives 255 for any death by signal: the shell, which must not end with the command, gives 128+n.
+    return attach([program, *terminal, *options, "--", f"{shlex.join(words)}; exit $?"])
 
 
 def remind(out: Out, vm: str) -> None:

@@ -19,6 +19,7 @@ Machines
   vm list       which there are (also: banger ps)
   vm show       all about one
   vm logs       what its console said
+  vm history    what was done to it; vm why: its last failure (both also when it is gone)
   vm start, stop, restart, kill, delete
 
 Operations
@@ -26,6 +27,9 @@ Operations
   ops show      one, step by step
   ops follow    watch one, from its first event
   ops cancel    stop one and undo it
+
+  events list, tail, export, verify     the log that all of this is made from
+  state rebuild                         make it again from the log
 
 Images and kernels
   image list, show, build, delete

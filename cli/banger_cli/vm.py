@@ -28,6 +28,8 @@ branch = Branch(
         "list": "vm:list_",
         "show": "vm:show",
         "logs": "inside:logs",
+        "history": "past:history",
+        "why": "past:why",
         "start": "vm:start",
         "stop": "vm:stop",
         "restart": "vm:restart",
@@ -91,9 +93,17 @@ Examples:
   banger vm delete $(banger ps -aq)   away with all""")  # fmt: skip
 @click.option("-a", "--all", "everything", is_flag=True, help="Stopped and failed ones too.")
 @click.option("-q", "--quiet", is_flag=True, help="Names only.")
+@click.option(
+    "--at", "moment", metavar="TIME", help="As they were then: 2026-01-31T12:00, or 90s, 15m, 2h ago."
+)
 @click.pass_obj
-def list_(out: Out, everything: bool, quiet: bool) -> None:
+def list_(out: Out, everything: bool, quiet: bool, moment: str | None) -> None:
     """List the VMs. It never waits for a sick one."""
+    if moment is not None:
+        from banger_cli import past
+
+        past.list_at(out, moment, everything=everything)
+        return
     if not (quiet or out.as_json):
         with wire.connect() as daemon:
             out.lines(daemon.text("vm.table", all=everything).splitlines())
