@@ -15,6 +15,7 @@ from typing import Literal
 
 from banger import config, proc
 from banger.errors import BangerError
+from banger.events import queries
 from banger.model import Value
 from banger.vmm import accelerator
 
@@ -252,6 +253,20 @@ def _sizes(host: Host) -> Iterator[Check]:
     yield Check(name="default sizes", status="pass", detail=detail)
 
 
+def _stuck_operations(host: Host) -> Iterator[Check]:
+    """Warn of operations that wait for a person."""
+    found = queries.stuck_in(host.dirs.database)
+    for op, kind, name in found:
+        yield Check(
+            name="stuck operation",
+            status="warn",
+            detail=f"{op} ({kind}{f' {name}' if name else ''}) could be neither finished nor undone.",
+            hint=f"`banger ops show {op}` tells why; `banger ops retry {op}` or `banger ops abandon {op}`.",
+        )
+    if not found:
+        yield Check(name="operations", status="pass", detail="None is stuck.")
+
+
 def _offered(_: Host) -> Iterator[Check]:
     """Tell what this host would offer beyond what banger uses: nothing of it is needed."""
     firecracker = shutil.which("firecracker", path=proc.SEARCH_PATH)
@@ -274,5 +289,6 @@ EXAMINATIONS: tuple[Callable[[Host], Iterator[Check]], ...] = (
     _memory,
     _acceleration,
     _sizes,
+    _stuck_operations,
     _offered,
 )

@@ -106,6 +106,23 @@ def _with_step(op: Op, index: int, **changes: object) -> Op:
     return _replace(op, steps=(*op.steps[:index], step, *op.steps[index + 1 :]))
 
 
+def _reopened(op: Op, *, back: bool) -> Op:
+    """Forget how it ended; the step that it stuck at has all its attempts again."""
+    op = _replace(
+        op,
+        state="waiting",
+        undoing=back,
+        cancelled=False,
+        fate=None,
+        error=op.error if back else None,
+        undo_errors=(),
+        ended_us=None,
+        ended_boot_us=None,
+    )
+    index = op.next_undo() if back else op.next_step()
+    return op if index is None else _with_step(op, index, attempts=0, undo_attempts=0)
+
+
 def _uncount(op: Op) -> Op:
     """Take back one attempt: neither waiting for another operation nor a worker's stop is a failure."""
     index = op.next_undo() if op.undoing else op.next_step()
@@ -181,6 +198,10 @@ def apply_op(op: Op | None, row: Recorded) -> Op | None:
             return _replace(
                 op, state="ended", fate=fate, error=error, ended_us=row.time_us, ended_boot_us=row.boot_us
             )
+        case ev.OpReopened(back=back):
+            return _reopened(op, back=back)
+        case ev.OpAbandoned():
+            return _replace(op, fate="abandoned")
         case _:
             return op
 

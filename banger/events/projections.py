@@ -95,6 +95,21 @@ def _project_op(db: sqlite3.Connection, row: Recorded) -> bool:
             )
             db.execute("UPDATE work SET state = 'ready', waits_on = NULL WHERE waits_on = ?", (op,))
             return True
+        case ev.OpReopened(back=back):
+            db.execute(
+                "UPDATE op SET state = ?, fate = NULL, error = NULL, ended_us = NULL, seconds = NULL"
+                " WHERE op = ?",
+                ("undoing" if back else "waiting", op),
+            )
+            # Its epochs go on, so that a worker from before it stuck stays fenced off.
+            db.execute(
+                "INSERT INTO work (op, seq, lane, state, due_us, epoch, cancel)"
+                " VALUES (?, ?, ?, 'ready', 0, ?, 0)",
+                (op, row.seq, event.lane, event.epoch),
+            )
+            return True
+        case ev.OpAbandoned():
+            db.execute("UPDATE op SET fate = 'abandoned' WHERE op = ?", (op,))
         case _:
             pass
     return False

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import sqlite3
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -147,6 +150,20 @@ def find_vm(log: EventLog, word: str) -> Vm:
     if row is None:
         raise NotFound(f"There is no VM named {word!r}.", hint="`banger ps -a` lists them all.")
     return vm_decoder.decode(row.data)
+
+
+def stuck(log: EventLog) -> list[OpSummary]:
+    """List the operations that could be neither finished nor undone, and that nobody gave up."""
+    query = OpRow.select().where(OpRow.fate == "stuck").order_by(OpRow.op)
+    return [_summary(row) for row in query.execute(log.peewee)]
+
+
+def stuck_in(database: Path) -> list[tuple[str, str, str | None]]:
+    """List them as (op, kind, name) from a database that is only read; empty where there is none."""
+    if not database.exists():
+        return []
+    with contextlib.closing(sqlite3.connect(f"file:{database}?mode=ro", uri=True)) as db:
+        return db.execute("SELECT op, kind, name FROM op WHERE fate = 'stuck' ORDER BY op").fetchall()
 
 
 def vm_ids(log: EventLog, word: str | None = None) -> list[str]:

@@ -14,7 +14,7 @@ from banger.model import Process, Resource, VmSpec
 
 Facts = dict[str, Any]
 Error = dict[str, Any]
-Fate = Literal["done", "undone", "cancelled", "stuck"]
+Fate = Literal["done", "undone", "cancelled", "stuck", "abandoned"]
 
 
 @dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(msgspec.field,))
@@ -75,6 +75,21 @@ class OpEnded(Event, tag="op.ended"):
 
     fate: Fate
     error: Error | None = None
+
+
+class OpReopened(Event, tag="op.reopened"):
+    """Someone asked to try a stuck operation again: to go on, or to go on undoing (`back`).
+
+    `lane` and `epoch` are those it had: its row in the queue is made from them.
+    """
+
+    lane: str
+    epoch: int
+    back: bool = False
+
+
+class OpAbandoned(Event, tag="op.abandoned"):
+    """Someone gave a stuck operation up; what it still holds stays in the ledger."""
 
 
 # -- a step ---------------------------------------------------------------------------------
@@ -245,6 +260,8 @@ AnyEvent = (
     | OpCancelRequested
     | OpUndoing
     | OpEnded
+    | OpReopened
+    | OpAbandoned
     | StepStarted
     | StepProgress
     | StepDone

@@ -48,10 +48,19 @@ def bootstrap(
         # umask: ours is private, and packages' scripts make files that everyone must read.
         proc.run(words, stdin=sources(suite).encode(), timeout_s=TIMEOUT_S, cancelled=cancelled, umask=0o022)
     except ProgramFailed as error:
-        raise ProgramFailed(
-            f"Debian packages could not be had: {error.message}",
-            hint="Does `apt-get update` work here? banger uses the same package sources.",
-        ) from None
+        raise _explained(error) from None
+
+
+def _explained(error: ProgramFailed) -> ProgramFailed:
+    """Tell a machine on which nobody but root may be root from one without packages."""
+    message = f"Debian packages could not be had: {error.message}"
+    if re.search("newuidmap|newgidmap|unshare the user namespace", error.message):
+        return ProgramFailed(
+            message,
+            hint="User namespaces do not work for this user: is uidmap installed, its newuidmap setuid, and"
+            " is the user in /etc/subuid and /etc/subgid? `banger doctor` looks.",
+        )
+    return ProgramFailed(message, hint="Does `apt-get update` work here? banger uses the same sources.")
 
 
 def _mode() -> str:

@@ -18,6 +18,8 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
+import msgspec
+
 from banger import config, proc
 from banger import log as logging
 from banger.errors import BangerError
@@ -135,8 +137,13 @@ class Daemon:
 def main() -> None:
     """Run the daemon until SIGTERM, SIGINT or `daemon stop`."""
     parser = argparse.ArgumentParser(prog="banger.rpc.daemon")
-    parser.add_argument("--ready-fd", type=int, help="a byte is written here when the socket answers")
+    parser.add_argument(
+        "--ready-fd",
+        type=int,
+        help="a newline is written here when the socket answers, or what is wrong, as JSON",
+    )
     words = parser.parse_args()
+    ready_fd: int | None = words.ready_fd
     os.umask(0o077)
     try:
         dirs = config.find_dirs()
@@ -144,8 +151,10 @@ def main() -> None:
         settings = config.load(dirs)
         with only_one(dirs):
             logging.setup("daemon", dirs.log_file)
-            asyncio.run(_run(dirs, settings, words.ready_fd))
+            asyncio.run(_run(dirs, settings, ready_fd))
     except BangerError as error:
+        if ready_fd is not None:  # whoever starts us shows it as its own
+            os.write(ready_fd, msgspec.json.encode(error.to_dict()))
         sys.exit(f"{error.message} {error.hint or ''}".rstrip())
 
 

@@ -197,6 +197,20 @@ class OpsCancel(Request):
     op: str
 
 
+class OpsRetry(Request):
+    """Try a stuck operation again, on or back as it was going; ask anew for one that was undone -> {op}."""
+
+    method = "ops.retry"
+    op: str
+
+
+class OpsAbandon(Request):
+    """Give a stuck operation up; what it still holds stays in the ledger -> {op}."""
+
+    method = "ops.abandon"
+    op: str
+
+
 class EventsList(Request):
     """Events with seq > `after`, of an operation, a VM or a type if given -> {events}.
 

@@ -48,6 +48,10 @@ class Tail:
             for listener in self.listeners:
                 listener(row)
 
+    def _reopened(self, end: Recorded) -> bool:
+        """Tell whether an operation went on after this end."""
+        return bool(self._log.read(stream=end.stream, after=end.seq, kind="op.reopened", limit=1))
+
     @contextlib.contextmanager
     def _subscribed(self, op: str, queue: asyncio.Queue[Recorded]) -> Iterator[None]:
         self._followers[op].add(queue)
@@ -92,7 +96,7 @@ class Tail:
                 followed[name] = row.seq
                 yield row
                 event = row.event
-                if isinstance(event, ev.OpEnded) and name == op:
+                if isinstance(event, ev.OpEnded) and name == op and not self._reopened(row):
                     return
                 if isinstance(event, ev.OpParked) and event.on not in followed:
                     followed[event.on] = 0

@@ -20,7 +20,14 @@ Json = dict[str, Any]
 
 branch = Branch(
     "ops",
-    {"list": "ops:list_", "show": "ops:show", "follow": "ops:follow_", "cancel": "ops:cancel"},
+    {
+        "list": "ops:list_",
+        "show": "ops:show",
+        "follow": "ops:follow_",
+        "cancel": "ops:cancel",
+        "retry": "ops:retry",
+        "abandon": "ops:abandon",
+    },
     aliases={"ls": "list"},
     help="See what was asked for and what became of it, step by step.",
     epilog="""\
@@ -163,3 +170,39 @@ def cancel(out: Out, op: str, waits: bool) -> None:
         settle(result)
     except Cancelled:
         out.show(result, [f"{reply['op']} is undone"])
+
+
+@click.command("retry", cls=Leaf, epilog="""\
+Examples:
+  banger ops retry op-k3f9a2""")  # fmt: skip
+@click.argument("op", metavar="OP")
+@wait_option
+@click.pass_obj
+def retry(out: Out, op: str, waits: bool) -> None:
+    """Go on with an operation that is stuck, from the step it stuck at; finished steps are not redone.
+
+    One that was undone is asked for anew, as another operation.
+    """
+    reply = wire.call("ops.retry", op=op)
+    if not waits:
+        out.show(reply, [f"op: {reply['op']}"])
+        return
+    result = _wait_from_here(reply["op"], out)
+    out.show({**reply, **result}, [f"{reply['op']} is {result['fate']}"])
+
+
+def _wait_from_here(op: str, out: Out) -> Json:
+    """Wait for an end that is still to come: what was before is in the log already."""
+    result = follow(op, out.screen)
+    return result if result["fate"] == "undone" else settle(result)
+
+
+@click.command("abandon", cls=Leaf, epilog="""\
+Examples:
+  banger ops abandon op-k3f9a2""")  # fmt: skip
+@click.argument("op", metavar="OP")
+@click.pass_obj
+def abandon(out: Out, op: str) -> None:
+    """Give up an operation that is stuck. What it still holds stays in the ledger."""
+    reply = wire.call("ops.abandon", op=op)
+    out.show(reply, [f"{reply['op']} is given up"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import select
 import socket
@@ -10,18 +11,20 @@ import subprocess
 import sys
 from pathlib import Path
 
-from banger.errors import DaemonDown
+from banger.errors import DaemonDown, from_dict
 from banger.proc import start_detached
 from banger_cli import place, wire
 
 DEADLINE_S = 20.0
 ERROR_TAIL = 600
+MAX_ANSWER = 65536
 
 
 def start() -> socket.socket | None:
     """Start the daemon unless another has done so meanwhile, and connect to it.
 
-    Raises DaemonDown, with the daemon's last words, when it does not become ready in time.
+    Raises what the daemon says is wrong (its settings, say), or DaemonDown with its last words when
+    it does not become ready in time.
     """
     state = Path(place.state())
     state.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -54,7 +57,10 @@ def _await_ready(ready: int, child: subprocess.Popen[bytes], errors: Path, said_
     if not readable:
         child.kill()
         raise DaemonDown(f"The daemon was not ready within {DEADLINE_S:g} s.", hint=f"See {errors}.")
-    if not os.read(ready, 1):
+    said = os.read(ready, MAX_ANSWER)
+    if said.startswith(b"{"):
+        raise from_dict(json.loads(said))
+    if not said:
         with errors.open("rb") as file:
             file.seek(said_before)
             words = file.read().decode("utf-8", "replace").strip()[-ERROR_TAIL:]

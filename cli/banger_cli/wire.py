@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any, Self
 
-from banger.errors import DaemonDown, from_dict
+from banger.errors import DaemonDown, InvalidRequest, from_dict
 from banger_cli import place
 
 Json = dict[str, Any]
@@ -97,9 +97,15 @@ class Connection:
     def _send(self, method: str, params: Json) -> None:
         self._method = method
         given = {key: value for key, value in params.items() if value is not None}
-        line = json.dumps({"method": method, "params": given}) + "\n"
         try:
-            self._sock.sendall(line.encode())
+            line = json.dumps({"method": method, "params": given}, ensure_ascii=False).encode() + b"\n"
+        except UnicodeEncodeError:
+            raise InvalidRequest(
+                "A word has bytes that are not UTF-8 and cannot be carried as an argument.",
+                hint="Pass such bytes through standard input or a file.",
+            ) from None
+        try:
+            self._sock.sendall(line)
         except OSError as error:
             raise ConnectionLost from error
 

@@ -151,10 +151,10 @@ def test_ssh(banger: Banger, daemon: FakeDaemon, tmp_path: Path, terminals: list
     fake.chmod(0o755)
     daemon.answers["vm.ssh"] = {"argv": [str(fake), "-i", "key", "root@127.0.0.1"]}
     ran = banger("vm", "ssh", "web", "--", "echo", "a b")
-    assert (ran.returncode, ran.stdout) == (12, "<-i><key><root@127.0.0.1><--><echo 'a b'>")
+    assert (ran.returncode, ran.stdout) == (12, "<-i><key><root@127.0.0.1><--><echo 'a b'; exit $?>")
     ran = banger("vm", "ssh", "web")
     assert (ran.returncode, ran.stdout) == (12, "<-i><key><root@127.0.0.1>")
     assert "web still runs" in ran.stderr
     terminal = Terminal([*ARGV, "vm", "ssh", "web", "--", "top"])
     terminals.append(terminal)
-    terminal.expect("<-t><-i><key><root@127.0.0.1><--><top>")
+    terminal.expect("<-t><-i><key><root@127.0.0.1><--><top; exit $?>")

@@ -345,3 +345,49 @@ def test_errors_keep_their_code_on_the_wire() -> None:
     assert type(again) is DiskFull
     assert (again.hint, again.op) == ("h", "op-1")
     assert type(from_dict({"code": "of-the-future", "message": "m"})) is BangerError
+
+
+def test_a_stuck_operation_goes_on_from_where_it_stuck(driver: Driver) -> None:
+    """Reopened, a forward-only operation runs the step it stuck at, and none that is finished."""
+    ran: list[str] = []
+
+    def sometimes(_: Ctx) -> None:
+        ran.append("b")
+        if len(ran) < 3:
+            raise ProgramFailed("not yet")
+
+    first = step("a", lambda _: ran.append("a"), forward_only=True)
+    op = driver.request(Pipeline("t", (first, step("b", sometimes, forward_only=True))))
+    stuck = driver.until_quiet(op)
+    assert stuck.fate == "stuck"
+    with driver.log.transaction() as tx:
+        tx.append(op, ev.OpReopened(lane=stuck.lane, epoch=stuck.epoch), op=op)
+    done = driver.until_quiet(op)
+    assert (done.fate, done.error) == ("done", None)
+    assert done.epoch > stuck.epoch, "a worker from before stays fenced off"
+    assert ran == ["a", "b", "b"]
+    assert driver.log.rebuild() == []
+
+
+def test_a_stuck_undo_goes_on_undoing(driver: Driver) -> None:
+    """Reopened backwards, the undo has all its attempts again, and the first error is kept."""
+    fails = [True]
+
+    def fail(_: Ctx) -> None:
+        raise ProgramFailed("first")
+
+    def undo(_: Ctx) -> None:
+        if fails[0]:
+            raise ProgramFailed("second")
+
+    op = driver.request(Pipeline("t", (step("s", fail, undo),)))
+    stuck = driver.until_quiet(op)
+    assert stuck.fate == "stuck"
+    fails[0] = False
+    with driver.log.transaction() as tx:
+        tx.append(op, ev.OpReopened(lane=stuck.lane, epoch=stuck.epoch, back=True), op=op)
+    undone = driver.until_quiet(op)
+    assert undone.fate == "undone"
+    assert undone.error is not None
+    assert undone.error["message"] == "first"
+    assert driver.log.rebuild() == []
