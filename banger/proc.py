@@ -51,8 +51,10 @@ def run(
     exits non-zero, TimedOut after `timeout_s` seconds, Cancelled when `cancelled()` turns true.
     """
     words = [os.fspath(word) for word in argv]
+    # A worker that is killed must not leave it running beside the next attempt. The kernel ends it
+    # with its parent: setpriv asks for that and becomes the program.
     child = subprocess.Popen(
-        [which(words[0]), *words[1:]],
+        [which("setpriv", "util-linux"), "--pdeathsig", "KILL", "--", which(words[0]), *words[1:]],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

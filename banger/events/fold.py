@@ -131,6 +131,8 @@ def _uncount(op: Op) -> Op:
     step = op.steps[index]
     if op.undoing:
         return _with_step(op, index, undo_attempts=max(0, step.undo_attempts - 1))
+    if step.state != "started":
+        return op
     return _with_step(op, index, attempts=max(0, step.attempts - 1))
 
 

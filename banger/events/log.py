@@ -14,7 +14,7 @@ import itertools
 import os
 import sqlite3
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -67,12 +67,12 @@ class Tx:
         self._seq: int = last[0] if last else 0
         self._hash: bytes = last[1] if last else NO_HASH
 
-    def mint_op(self) -> str:
-        """Make an operation id that no other operation has."""
+    def mint(self, prefix: str) -> str:
+        """Make an id that no stream has ever had, also when the clock was set back."""
         for salt in itertools.count():
-            op = mint("op", salt)
-            if self.db.execute("SELECT 1 FROM op WHERE op = ?", (op,)).fetchone() is None:
-                return op
+            new = mint(prefix, salt)
+            if self.db.execute("SELECT 1 FROM event WHERE stream = ?", (new,)).fetchone() is None:
+                return new
         raise AssertionError
 
     def append(self, stream: str, event: Event, *, op: str | None = None) -> Recorded:
@@ -171,16 +171,12 @@ class EventLog:
         if tx.work_ready:
             self.work_bell.ring()
 
-    def request(self, event: ev.OpRequested, *also: tuple[str, Event], own: Iterable[Event] = ()) -> str:
-        """Record a request and return its new op id.
-
-        In the same transaction go `also`, events of other streams, and `own`, further events of
-        the operation itself.
-        """
+    def request(self, event: ev.OpRequested, *also: tuple[str, Event]) -> str:
+        """Record a request and return its new op id; `also` is appended in the same transaction."""
         with self.transaction(durable=True) as tx:
-            op = tx.mint_op()
+            op = tx.mint("op")
             tx.append(op, event, op=op)
-            for stream, other in (*also, *((op, mine) for mine in own)):
+            for stream, other in also:
                 tx.append(stream, other, op=op)
         return op
 

@@ -84,11 +84,13 @@ def _project_op(db: sqlite3.Connection, row: Recorded) -> bool:
             db.execute("DELETE FROM work WHERE op = ?", (op,))
             db.execute(
                 "UPDATE op SET state = 'ended', fate = ?, error = ?, ended_us = ?,"
-                " seconds = (? - start_boot_us) / 1e6 WHERE op = ?",
+                # CLOCK_BOOTTIME begins anew with the host: what spans a reboot has no duration.
+                " seconds = CASE WHEN ? >= start_boot_us THEN (? - start_boot_us) / 1e6 END WHERE op = ?",
                 (
                     fate,
                     None if error is None else msgspec.json.encode(error).decode(),
                     row.time_us,
+                    row.boot_us,
                     row.boot_us,
                     op,
                 ),

@@ -113,7 +113,12 @@ def ops(log: EventLog, *, limit: int, vm: str | None = None) -> list[OpSummary]:
 
 def active_ops(log: EventLog) -> dict[str, OpSummary]:
     """Map each VM to the operation that now works on it, or is the next to."""
-    query = OpRow.select().where(OpRow.state != "ended", OpRow.vm.is_null(False)).order_by(OpRow.op.desc())
+    query = (
+        OpRow.select()
+        .join(WorkRow, on=(WorkRow.op == OpRow.op))
+        .where(OpRow.vm.is_null(False))
+        .order_by(WorkRow.seq.desc())
+    )
     return {row.vm: _summary(row) for row in query.execute(log.peewee)}
 
 

@@ -35,8 +35,13 @@ class Connections:
         try:
             # shield: a caller that goes away must not cut off the others.
             return await asyncio.shield(task)
+        except asyncio.CancelledError:
+            if not task.cancelled():
+                raise  # it is this caller that is cancelled
+            raise GuestUnreachable("The VM was stopped while its connection was made.") from None
         except (OSError, asyncssh.Error, TimeoutError) as error:
-            self.drop(target.vm)
+            if self._tasks.get(target.vm) is task:  # else it was dropped, and is another's by now
+                self.drop(target.vm)
             raise GuestUnreachable(
                 f"The guest does not answer over SSH: {error or 'it took too long'}.",
                 hint=f"`banger vm logs {target.vm}` shows its console.",

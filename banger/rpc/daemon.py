@@ -22,7 +22,7 @@ import msgspec
 
 from banger import config, proc
 from banger import log as logging
-from banger.errors import BangerError
+from banger.errors import BangerError, TimedOut
 from banger.events import work
 from banger.events.log import EventLog
 from banger.guest.connections import Connections
@@ -72,7 +72,7 @@ class Daemon:
 
     async def run(self, ready_fd: int | None) -> None:
         """Serve until `stopping` is set."""
-        freed = work.reap(self._log)
+        self._reap()
         server = Server(self._service, self._tail, self._connections, self._tethers)
         listening = await server.listen(self._dirs.socket)
         self._watch.adopt()
@@ -82,7 +82,7 @@ class Daemon:
             asyncio.create_task(self._keep_supervisor()),
             asyncio.create_task(self._housekeeping()),
         ]
-        logging.get().info("ready", freed=freed)
+        logging.get().info("ready")
         if ready_fd is not None:
             os.write(ready_fd, b"\n")
             os.close(ready_fd)
@@ -90,6 +90,7 @@ class Daemon:
         # A background task that ends has failed: the daemon ends too, loudly, and is started again.
         done: set[asyncio.Task[Any]]
         done, _ = await asyncio.wait({stopped, *tasks}, return_when=asyncio.FIRST_COMPLETED)
+        self._tethers.stopping = True
         self._dirs.socket.unlink(missing_ok=True)
         listening.close()
         for task in tasks:
@@ -118,20 +119,29 @@ class Daemon:
                 await supervisor.wait()
                 raise
             logging.get().error("supervisor ended", status=status)
-            work.reap(self._log)
+            self._reap()
             if time.monotonic() - began < HOUSEKEEPING_S:
                 await asyncio.sleep(HOUSEKEEPING_S)  # a brake, not a wait for an event
 
+    def _reap(self) -> None:
+        """Free what dead workers hold. A log that cannot be written now is tried again in a second."""
+        try:
+            work.reap(self._log)
+        except BangerError as error:
+            logging.get().error("cannot reap", error=error.message)
+
     async def _housekeeping(self) -> None:
-        """Once a second: free what dead workers hold, end workers whose step is overdue."""
+        """Once a second: free what dead workers hold, end workers whose step is overdue, look around."""
         while True:
             await asyncio.sleep(HOUSEKEEPING_S)
-            work.reap(self._log)
+            self._reap()
             for op, worker in work.overdue(self._log):
                 logging.get(op=op).error("step past its deadline", worker=worker.pid)
-                proc.kill(worker)
-                work.reap(self._log)
+                with contextlib.suppress(TimedOut):  # in a system call that cannot be interrupted: later
+                    await asyncio.to_thread(proc.kill, worker)
+                self._reap()
             self._watch.look_again()
+            self._tethers.look_again()
 
 
 def main() -> None:

@@ -133,8 +133,11 @@ async def _feed(
             payload = await reader.readexactly(length)
         except (asyncio.IncompleteReadError, ConnectionError):
             return
-        await session.writable.wait()
-        if channel.is_closing():
+        if kind in (b"i", b"e"):
+            await session.writable.wait()
+            if channel.is_closing():  # also after `e`: then only signals and sizes go on
+                continue
+        elif session.ended.done():
             continue
         if kind == b"i":
             channel.write(payload)

@@ -5,15 +5,17 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import select
 import socket
 import struct
+from collections.abc import Coroutine
 from pathlib import Path
 
 import msgspec
 import structlog
 
 from banger import log as logging
-from banger.errors import BangerError, WrongState
+from banger.errors import BangerError, InvalidRequest, WrongState
 from banger.events import queries
 from banger.events.fold import fold_op
 from banger.guest.connections import Connections
@@ -86,15 +88,13 @@ class Server:
     ) -> None:
         match request:
             case p.OpsFollow():
-                await self._follow(request, writer)
-            case p.EventsTail(after=after):
-                async for row in self._tail.everything(after):
-                    writer.write(msgspec.json.encode({"event": views.event(row)}) + b"\n")
-                    await writer.drain()
+                await _while_there(writer, self._follow(request, writer))
+            case p.EventsTail():
+                await _while_there(writer, self._events_tail(request, writer))
             case p.VmLogs():
-                await self._logs(request, writer)
+                await _while_there(writer, self._logs(request, writer))
             case p.VmExec():
-                await self._exec(request, reader, writer)
+                await _while_there(writer, self._exec(request, reader, writer))
             case p.VmTether():
                 await self._tether(request, reader, writer)
             case p.VmTable(all=everything):
@@ -112,6 +112,11 @@ class Server:
                     vm = queries.find_vm(self._service.log, answer["vm"])
                     await tied.enter_async_context(self._tethers.tied(vm))
                 writer.write(p.result(answer))
+
+    async def _events_tail(self, request: p.EventsTail, writer: asyncio.StreamWriter) -> None:
+        async for row in self._tail.everything(request.after):
+            writer.write(msgspec.json.encode({"event": views.event(row)}) + b"\n")
+            await writer.drain()
 
     async def _follow(self, request: p.OpsFollow, writer: asyncio.StreamWriter) -> None:
         summary = queries.find_op(self._service.log, request.op)
@@ -166,8 +171,13 @@ class Server:
             await guest_exec.run(connection, request.argv, terminal=terminal, reader=reader, writer=writer)
         except BangerError as error:
             writer.write(guest_exec.frame(b"f", msgspec.json.encode(error.to_dict())))
+        except (ValueError, OverflowError) as error:  # msgspec's DecodeError, UnicodeError: a bad frame
+            bad = InvalidRequest(f"The frame is not valid: {error}")
+            writer.write(guest_exec.frame(b"f", msgspec.json.encode(bad.to_dict())))
+        # What is left of this connection is frames: none of it may be taken for a request.
         await writer.drain()
         writer.close()
+        raise ConnectionResetError
 
     async def _tether(
         self, request: p.VmTether, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
@@ -179,6 +189,39 @@ class Server:
             writer.write(p.result({}))
             await writer.drain()
             await reader.read()
+
+
+async def _while_there(writer: asyncio.StreamWriter, streaming: Coroutine[None, None, None]) -> None:
+    """Stream to a client, and stop at once when it has closed its connection.
+
+    Its end is seen even while nobody reads from it or writes to it: an epoll of its own, asked for
+    no event, still tells EPOLLHUP (epoll_ctl(2)); a client that only ends its sending is still there.
+    """
+    loop = asyncio.get_running_loop()
+    gone = asyncio.Event()
+    sock: socket.socket = writer.get_extra_info("socket")
+    copy = os.dup(sock.fileno())
+    with select.epoll() as poll:
+        poll.register(copy, 0)
+
+        def hung_up() -> None:
+            loop.remove_reader(poll.fileno())
+            gone.set()
+
+        loop.add_reader(poll.fileno(), hung_up)
+        work = asyncio.create_task(streaming)
+        watch = asyncio.create_task(gone.wait())
+        try:
+            await asyncio.wait({work, watch}, return_when=asyncio.FIRST_COMPLETED)
+            if not work.done():
+                raise ConnectionResetError
+            work.result()
+        finally:
+            loop.remove_reader(poll.fileno())
+            os.close(copy)
+            for task in (work, watch):
+                task.cancel()
+            await asyncio.gather(work, watch, return_exceptions=True)
 
 
 def _credentials(writer: asyncio.StreamWriter) -> tuple[int, int, int]:
@@ -205,10 +248,24 @@ def _read_from(path: Path, offset: int) -> bytes:
 
 
 def _tail_offset(path: Path, lines: int) -> int:
-    """Find where the last `lines` lines begin."""
+    """Find where the last `lines` lines begin, reading backwards: a guest may have written gigabytes."""
     try:
-        content = path.read_bytes()
+        file = path.open("rb")
     except FileNotFoundError:
         return 0
-    ends = [i + 1 for i, byte in enumerate(content[:-1]) if byte == 0x0A]
-    return 0 if lines > len(ends) else ([*ends, len(content)][-lines - 1] if lines else len(content))
+    with file:
+        end = position = file.seek(0, os.SEEK_END)
+        wanted = lines
+        while position > 0 and lines:
+            start = max(0, position - CONSOLE_CHUNK)
+            file.seek(start)
+            block = file.read(position - start)
+            if position == end and block.endswith(b"\n"):
+                wanted += 1  # the newline at the very end begins no line
+            while (cut := block.rfind(b"\n")) >= 0:
+                wanted -= 1
+                if wanted == 0:
+                    return start + cut + 1
+                block = block[:cut]
+            position = start
+    return 0 if lines else end

@@ -15,7 +15,7 @@ from banger.errors import InvalidRequest, NotFound, WrongState
 from banger.events import queries
 from banger.events import vocabulary as ev
 from banger.events.fold import Op, Vm, fold_op
-from banger.events.log import EventLog, mint
+from banger.events.log import EventLog
 from banger.guest import ssh
 from banger.images import debian, store
 from banger.images import kernel as kernels
@@ -116,27 +116,27 @@ class Service:
 
     def _create(self, spec: VmSpec, *, start: bool) -> dict[str, Any]:
         """Take the name and ask for the VM in one transaction."""
-        vm = mint("vm")
         pipeline = self._pipelines["vm.create"]
-        asked = pipeline.request(
-            lane=vm,
-            vm=vm,
-            name=spec.name,
-            args={"start": start},
-            leave_out=frozenset() if start else ONLY_MAKE,
-        )
-        also: list[tuple[str, ev.Event]] = [(vm, ev.VmReserved(spec=spec, host=socket.gethostname()))]
-        if not start:
-            also.append((vm, ev.VmDesired(state="stopped")))
-        # The name is taken from here on, so the first step counts as started from here on.
         first = pipeline.steps[0]
-        own: tuple[ev.Event, ...] = (
-            ev.StepStarted(
+        with self.log.transaction(durable=True) as tx:
+            vm, op = tx.mint("vm"), tx.mint("op")
+            asked = pipeline.request(
+                lane=vm,
+                vm=vm,
+                name=spec.name,
+                args={"start": start},
+                leave_out=frozenset() if start else ONLY_MAKE,
+            )
+            # The name is taken from here on, so the first step counts as started from here on.
+            started = ev.StepStarted(
                 step=0, name=first.name, title=first.title, attempt=0, deadline_s=first.deadline_s
-            ),
-            ev.ResourceIntended(resource=Resource(kind="name", id=spec.name), vm=vm, step=first.name),
-        )
-        op = self.log.request(asked, *also, own=own)
+            )
+            name = Resource(kind="name", id=spec.name)
+            tx.append(op, asked, op=op)
+            tx.append(vm, ev.VmReserved(spec=spec, host=socket.gethostname()), op=op)
+            tx.append(vm, ev.VmDesired(state="running" if start else "stopped"), op=op)
+            tx.append(op, started, op=op)
+            tx.append(op, ev.ResourceIntended(resource=name, vm=vm, step=first.name), op=op)
         return {"op": op, "vm": vm, "name": spec.name, "spec": msgspec.to_builtins(spec)}
 
     def _spec(self, request: p.VmCreate) -> VmSpec:

@@ -49,6 +49,8 @@ def vm(vm: Vm, active: OpSummary | None, *, then: bool = False) -> dict[str, Any
 def _state(vm: Vm, active: OpSummary | None) -> str:
     if active is not None and active.kind in _DOING:
         return _DOING[active.kind]
+    if active is not None and active.kind == "vm.create" and vm.state == "stopped":
+        return "creating"  # its disks are there, and it is about to start
     if active is None and vm.state in ("creating", "starting"):
         return "failed"  # nothing works on it and it is not whole
     return vm.state

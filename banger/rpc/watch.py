@@ -5,10 +5,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import time
 from collections.abc import AsyncIterator
+from pathlib import Path
 
 from banger import log as logging
 from banger import proc
+from banger.errors import BangerError
 from banger.events import queries
 from banger.events import vocabulary as ev
 from banger.events.fold import Vm
@@ -16,6 +19,9 @@ from banger.events.vocabulary import Recorded
 from banger.guest.connections import Connections
 from banger.model import Process
 from banger.rpc.service import Service
+
+CONSOLE_LIMIT = 16 << 20
+"""Bytes that a guest's console may take on the host's disk."""
 
 GRACE_S = 10.0
 """How long an ephemeral VM outlives its client's connection, so that the client may come back."""
@@ -48,11 +54,11 @@ class VmmWatch:
         self._forget(vm)
         with proc.pidfd(process) as fd:
             if fd is None:
-                self._died(vm)
+                self._died(vm, process)
                 return
             kept = os.dup(fd)
         self._fds[vm] = (kept, process)
-        asyncio.get_running_loop().add_reader(kept, self._died, vm)
+        asyncio.get_running_loop().add_reader(kept, self._died, vm, process)
 
     def _forget(self, vm: str) -> None:
         fd, _ = self._fds.pop(vm, (-1, None))
@@ -60,19 +66,37 @@ class VmmWatch:
             asyncio.get_running_loop().remove_reader(fd)
             os.close(fd)
 
-    def _died(self, vm_id: str) -> None:
+    def _died(self, vm_id: str, process: Process) -> None:
         self._forget(vm_id)
         vm = queries.vm(self._service.log, vm_id)
-        if vm is not None and vm.process is not None:
-            logging.get(vm=vm_id).info("vmm ended", active=vm_id in queries.active_ops(self._service.log))
+        if vm is not None and vm.process == process:  # else it was started anew meanwhile
+            logging.get(vm=vm_id).info("vmm ended", pid=process.pid)
+            self._bury(vm)
+
+    def _bury(self, vm: Vm) -> None:
+        """Ask for its burial; if that cannot be recorded now (a full disk), the next look asks again."""
+        try:
             self._service.bury(vm)
+        except BangerError as error:
+            logging.get(vm=vm.id).error("cannot bury", error=error.message)
 
     def look_again(self) -> None:
-        """Bury VMs whose VMM died while an operation was at work on them, and left them so."""
+        """Bury VMs whose VMM died while an operation was at work on them; bound their consoles."""
         active = queries.active_ops(self._service.log)
         for vm in queries.vms(self._service.log):
-            if vm.process is not None and vm.id not in active and not proc.alive(vm.process):
-                self._service.bury(vm)
+            if vm.process is None:
+                continue
+            _bound(self._service.dirs.vm(vm.id).console)
+            if vm.id not in active and not proc.alive(vm.process):
+                self._bury(vm)
+
+
+def _bound(console: Path) -> None:
+    """Cut a console's file when its guest has written too much: QEMU appends, so it goes on at the start."""
+    with contextlib.suppress(FileNotFoundError):
+        if console.stat().st_size > CONSOLE_LIMIT:
+            os.truncate(console, 0)
+            logging.get().warning("console cut", file=str(console))
 
 
 class Tethers:
@@ -81,37 +105,40 @@ class Tethers:
     def __init__(self, service: Service):
         self._service = service
         self._tied: dict[str, int] = {}
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._lost_at: dict[str, float] = {}
+        self.stopping = False
+        """The daemon stops: connections end for its sake, not for their clients'."""
 
     def adopt(self) -> None:
         """Give the clients of ephemeral VMs a while to come back after the daemon's restart."""
         for vm in queries.vms(self._service.log):
             if vm.spec.ephemeral:
-                self._later(vm)
+                self._lost_at[vm.id] = time.monotonic() + GRACE_S
 
     @contextlib.asynccontextmanager
     async def tied(self, vm: Vm) -> AsyncIterator[None]:
         """Keep a VM for the length of the block; delete it afterwards if it is ephemeral."""
         self._tied[vm.id] = self._tied.get(vm.id, 0) + 1
+        self._lost_at.pop(vm.id, None)
         try:
             yield
         finally:
             self._tied[vm.id] -= 1
             if not self._tied[vm.id]:
                 del self._tied[vm.id]
-                if vm.spec.ephemeral:
-                    self._delete(vm)
+                if vm.spec.ephemeral and not self.stopping:
+                    self._lost_at[vm.id] = 0.0
+                    self.look_again()
 
-    def _later(self, vm: Vm) -> None:
-        async def wait_then_delete() -> None:
-            await asyncio.sleep(GRACE_S)
-            if vm.id not in self._tied:
-                self._delete(vm)
-
-        task = asyncio.create_task(wait_then_delete())
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-
-    def _delete(self, vm: Vm) -> None:
-        if queries.vm(self._service.log, vm.id) is not None:
-            self._service.delete(vm)
+    def look_again(self) -> None:
+        """Delete the VMs whose client is gone; one that cannot be now is tried at the next look."""
+        for vm_id, when in list(self._lost_at.items()):
+            if time.monotonic() < when:
+                continue
+            vm = queries.vm(self._service.log, vm_id)
+            try:
+                if vm is not None:
+                    self._service.delete(vm)
+                del self._lost_at[vm_id]
+            except BangerError as error:
+                logging.get(vm=vm_id).error("cannot delete", error=error.message)

@@ -117,9 +117,10 @@ class Saga:
         )
         try:
             wanted = list(step.acquires(self._ctx(index)))
-        except BangerError as error:
-            self._append(tx, ev.StepFailed(step=index, name=state.name, error=error.to_dict()))
-            self._give_up(tx, error)
+        except Exception as unexpected:
+            failure = self._as_banger(unexpected)
+            self._append(tx, ev.StepFailed(step=index, name=state.name, error=failure.to_dict()))
+            self._give_up(tx, failure)
             return None
         for resource in wanted:
             self._append(tx, ev.ResourceIntended(resource=resource, vm=self.op.vm, step=state.name))
@@ -195,16 +196,18 @@ class Saga:
             last=last,
         )
         ends = last or turn.index == len(self.op.steps) - 1
-        return self._record(done, *self._settle(turn, ctx), emitted=ctx.emitted, durable=ends)
+        return self._record(done, *self._settle(turn, ctx, finished=last), emitted=ctx.emitted, durable=ends)
 
-    def _settle(self, turn: Turn, ctx: Ctx) -> list[ev.Event]:
-        """Tell what a done step now holds and what it has given back."""
+    def _settle(self, turn: Turn, ctx: Ctx, *, finished: bool) -> list[ev.Event]:
+        """Tell what a done step now holds and what it has given back: nothing if it found all done."""
         name, vm = turn.step.name, self.op.vm
         held: list[ev.Event] = [
             ev.ResourceHeld(resource=resource, vm=vm, step=name)
             for resource, state, step in self.op.resources.values()
             if step == name and state == "intended"
         ]
+        if finished:
+            return held
         return held + [
             ev.ResourceReleased(resource=resource, vm=vm, step=name) for resource in turn.step.releases(ctx)
         ]
@@ -247,7 +250,7 @@ class Saga:
                 return self._decide(tx, cancel=True)
             child = queries.active_op(self._log, park.request.kind, park.request.lane)
             if child is None:
-                child = tx.mint_op()
+                child = tx.mint("op")
                 tx.append(child, park.request, op=child)
             self._append(tx, ev.OpParked(on=child, reason=park.reason))
             return None

@@ -53,12 +53,13 @@ def _work(dirs: Dirs, config: Config) -> None:
     known = pipelines()
 
     def advance(op: str, epoch: int) -> None:
-        saga = Saga(log, known, world, work.Claim(op, epoch))
         try:
-            saga.advance()
-        except Stop:
-            saga.release()
-            raise
+            saga = Saga(log, known, world, work.Claim(op, epoch))
+            try:
+                saga.advance()
+            except Stop:
+                saga.release()
+                raise
         except Exception as error:
             # huey would swallow it and the claim would stay with a living worker for ever.
             logging.get(op=op).error("cannot record", exc_info=error)

@@ -59,6 +59,7 @@ def _await_ready(ready: int, child: subprocess.Popen[bytes], errors: Path, said_
         raise DaemonDown(f"The daemon was not ready within {DEADLINE_S:g} s.", hint=f"See {errors}.")
     said = os.read(ready, MAX_ANSWER)
     if said.startswith(b"{"):
+        child.wait()
         raise from_dict(json.loads(said))
     if not said:
         with errors.open("rb") as file:

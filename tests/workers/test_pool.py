@@ -146,7 +146,7 @@ def test_supervisor_and_workers_end_with_their_daemon(pool: Pool) -> None:
 def test_a_lost_wake_up_costs_a_second_at_most(pool: Pool) -> None:
     """With the bell's byte taken away, the fallback look finds the work."""
     with pool.log.transaction() as tx:
-        op = tx.mint_op()
+        op = tx.mint("op")
         tx.append(op, NOOP.request(lane="silent"), op=op)
         tx.work_ready = False
     assert pool.end(op, timeout_s=5).fate == "done"
