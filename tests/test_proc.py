@@ -194,3 +194,23 @@ def test_processes_are_found_by_their_mark(sleeper: subprocess.Popen[bytes]) -> 
     sleeper.kill()
     sleeper.wait()
     assert proc.find_by_environ("SLEEPER", "7") == []
+
+
+def test_a_program_ends_with_whoever_ran_it(tmp_path: Path) -> None:
+    """Kill -9 of a process inside `run` ends the program too: the next attempt is alone."""
+    pid_file = tmp_path / "pid"
+    tell = 'echo $$ > "$1.new"; mv "$1.new" "$1"; exec sleep 60'
+    script = f"from banger import proc; proc.run(['sh', '-c', {tell!r}, 'sh', {str(pid_file)!r}])"
+    runner = subprocess.Popen([sys.executable, "-c", script])
+    deadline = time.monotonic() + 10
+    while not pid_file.exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    program = proc.identify(int(pid_file.read_text()))
+    assert program is not None
+    runner.kill()
+    runner.wait()
+    try:
+        assert proc.wait_gone(program, 5.0)
+    finally:
+        proc.kill(program)

@@ -391,3 +391,28 @@ def test_a_stuck_undo_goes_on_undoing(driver: Driver) -> None:
     assert undone.error is not None
     assert undone.error["message"] == "first"
     assert driver.log.rebuild() == []
+
+
+def test_whatever_acquires_raises_is_counted(driver: Driver) -> None:
+    """A bug in what a step acquires ends its operation, not its workers one after another."""
+
+    def wrong(_: Ctx) -> list[Resource]:
+        raise KeyError("a recipe of another version")
+
+    op = driver.request(Pipeline("t", (step("a", lambda _: None, lambda _: None, acquires=wrong),)))
+    driver.turn()
+    state = driver.op(op)
+    assert state.fate == "undone"
+    assert state.error is not None
+    assert "recipe of another version" in state.error["message"]
+
+
+def test_a_claim_given_back_at_once_takes_back_no_attempt(driver: Driver, short_path: Path) -> None:
+    """A worker that stops between its claim and its first step has not tried anything."""
+    op = driver.request(FILES, directory=str(short_path), traps={"one/half": "retry"})
+    driver.turn()
+    driver.log.db.execute("UPDATE work SET due_us = 0")
+    held = work.claim(driver.log, proc.me())
+    assert held is not None
+    Saga(driver.log, driver.pipelines, driver.world, held).release()
+    assert driver.op(op).steps[0].attempts == 1
