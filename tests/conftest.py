@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -44,6 +45,11 @@ def log(dirs: config.Dirs) -> Iterator[EventLog]:
     opened = EventLog(dirs.database, dirs.work_bell, dirs.event_bell, "test")
     yield opened
     opened.close()
+
+
+def pytest_configure() -> None:
+    """Undo what a shell does to background jobs: an ignored SIGINT is inherited and cannot be trapped."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
