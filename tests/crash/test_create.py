@@ -36,8 +36,9 @@ class World:
 
     def create(self, *traps: Trap) -> str:
         """Request a VM with traps set, see its operation to its end, and give its id."""
-        for old in self.traps.glob("*.sprung"):
+        for old in [*self.traps.glob("*.sprung"), *self.traps.glob("*.trap")]:
             old.unlink()
+        self.home.banger("vm", "delete", "web")  # what a test that failed has left
         crash.set_traps(self.traps, *traps)
         op = str(self.home.json("vm", "create", "web")["op"])
         for _ in range(6):  # the client starts a new daemon when the old one is gone
@@ -51,7 +52,7 @@ class World:
         return str(self.home.json("ops", "show", op)["op"]["fate"])
 
     def claims(self, op: str) -> int:
-        """Tell how many workers have had the operation: one more than deaths it has seen."""
+        """Tell how many workers have had the operation: at least one more than deaths it has seen."""
         return int(self.home.json("ops", "show", op)["op"]["epoch"])
 
     def answers(self) -> None:
@@ -122,7 +123,7 @@ def trap(world: World, step: str, point: Point, who: Victim, *, back: bool = Fal
 def test_worker_then_daemon_die_in_the_middle_of_a_step(world: World, step: str) -> None:
     """The same operation survives the death of its worker, then of the daemon, inside one step."""
     op = world.create(trap(world, step, "inside", "worker"), trap(world, step, "inside", "daemon"))
-    assert world.claims(op) == 3
+    assert world.claims(op) >= 3
     assert world.fate(op) == "done"
     world.answers()
     world.delete()
@@ -138,7 +139,7 @@ def test_worker_then_daemon_die_in_the_middle_of_an_undo(world: World, step: str
         trap(world, step, "inside", "worker", back=True),
         trap(world, step, "inside", "daemon", back=True),
     )
-    assert world.claims(op) == 3
+    assert world.claims(op) >= 3
     assert world.fate(op) == "undone"
     world.nothing_is_left()
 
