@@ -26,12 +26,12 @@ def make_key_file(path: Path) -> bytes:
 
     Returns the private key. Two who make it at once get the same one.
     """
-    with contextlib.suppress(FileNotFoundError):
-        return path.read_bytes()
-    key = make_key()
-    _place(path, key)
+    public = path.with_name(path.name + ".pub")
+    if not path.exists():
+        _place(path, make_key())
     key = path.read_bytes()
-    _place(path.with_name(path.name + ".pub"), public_line(key).encode() + b"\n")
+    if not public.exists():  # a crash may have come between the two
+        _place(public, public_line(key).encode() + b"\n")
     return key
 
 

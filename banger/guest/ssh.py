@@ -10,7 +10,11 @@ from banger.errors import ProgramFailed
 from banger.model import Value
 
 DIAL_S = 5
-_POWER_OFF = "sync; if [ -d /run/systemd/system ]; then systemctl poweroff; else /run/banger/bin/poweroff; fi"
+# A systemd that is still starting has no bus to take the order: then it is switched off by force.
+_POWER_OFF = (
+    "sync; if [ -d /run/systemd/system ]; then systemctl poweroff || systemctl poweroff -ff;"
+    " else /run/banger/bin/poweroff; fi"
+)
 
 
 class Target(Value):

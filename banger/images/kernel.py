@@ -14,10 +14,10 @@ import msgspec
 
 from banger.errors import ProgramFailed
 from banger.guest import cpio
-from banger.images import packages, store
+from banger.images import elf, packages, store
 from banger.model import Artifact, Value
 
-VERSION = 1
+VERSION = 2
 """Counts changes of how bundles are built; part of the digest."""
 
 VMLINUZ = "vmlinuz"
@@ -29,7 +29,8 @@ OUR_INTERPRETER = b"/run/banger/ld.so"
 # What it takes to find the disks, the network and the host; the rest of the kernel is built in.
 BOOT_MODULES = ("virtio_mmio", "virtio_blk", "virtio_net", "virtio_console", "virtio-rng", "overlay")
 LATER_MODULES = ("button", "evdev")
-LIBRARIES = ("libtomcrypt.so.1", "libtommath.so.1", "libz.so.1", "libcrypt.so.1", "libc.so.6")
+LIBRARY_PLACES = ("/lib/x86_64-linux-gnu", "/usr/lib/x86_64-linux-gnu")
+LOADER = "ld-linux-x86-64.so.2"
 
 
 class Recipe(Value):
@@ -164,11 +165,22 @@ def _initrd(files: _Files, version: str) -> Iterator[cpio.Entry]:
         yield cpio.link(f"assets/bin/{applet}", "busybox")
     for name in ASSETS[1:]:
         yield cpio.file(f"assets/{name}", _asset(name), 0o755)
-    yield cpio.file("assets/bin/dropbear", _with_our_loader(files.read("/usr/sbin/dropbear")), 0o755)
-    places = [f"{top}/x86_64-linux-gnu" for top in ("/lib", "/usr/lib")]
-    yield cpio.file("assets/ld.so", files.find("ld-linux-x86-64.so.2", *places), 0o755)
-    for library in LIBRARIES:
-        yield cpio.file(f"assets/lib/{library}", files.find(library, *places), 0o755)
+    dropbear = files.read("/usr/sbin/dropbear")
+    yield cpio.file("assets/bin/dropbear", _with_our_loader(dropbear), 0o755)
+    for library, content in _libraries(files, dropbear).items():
+        yield cpio.file("assets/ld.so" if library == LOADER else f"assets/lib/{library}", content, 0o755)
+
+
+def _libraries(files: _Files, program: bytes) -> dict[str, bytes]:
+    """Give the libraries a program needs, and those that they need: the image may have none of them."""
+    found: dict[str, bytes] = {}
+    wanted = elf.needed(program)
+    while wanted:
+        name = wanted.pop()
+        if name not in found:
+            found[name] = files.find(name, *LIBRARY_PLACES)
+            wanted += elf.needed(found[name])
+    return found
 
 
 def _asset(name: str) -> bytes:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pwd
 import re
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from banger import proc
-from banger.errors import HostLacks, ProgramFailed
+from banger.errors import BangerError, DiskFull, HostLacks, ProgramFailed
 
 APT = Path("/etc/apt")
 TIMEOUT_S = 900.0
@@ -31,10 +33,13 @@ def bootstrap(
     this machine has no Debian package sources or mmdebstrap is missing, ProgramFailed when a
     package cannot be had.
     """
+    mode = _mode()
     words = [
+        # Its mounts of /proc and /sys must go with it, however it ends: never be on the host.
+        *(["unshare", "--mount"] if mode == "root" else []),
         "mmdebstrap",
         "--quiet",
-        f"--mode={_mode()}",
+        f"--mode={mode}",
         f"--variant={variant}",
         f"--include={','.join(include)}",
         '--aptopt=Acquire::Languages "none"',
@@ -44,23 +49,60 @@ def bootstrap(
         str(out),
         "-",
     ]
-    try:
-        # umask: ours is private, and packages' scripts make files that everyone must read.
-        proc.run(words, stdin=sources(suite).encode(), timeout_s=TIMEOUT_S, cancelled=cancelled, umask=0o022)
-    except ProgramFailed as error:
-        raise _explained(error) from None
+    stdin = sources(suite).encode()
+    proc.which("mmdebstrap")
+    with _scratch(mode, out.parent) as scratch:
+        try:
+            # umask: ours is private, and packages' scripts make files that everyone must read.
+            proc.run(
+                words,
+                stdin=stdin,
+                env={"TMPDIR": str(scratch)},
+                timeout_s=TIMEOUT_S,
+                cancelled=cancelled,
+                umask=0o022,
+            )
+        except ProgramFailed as error:
+            raise _explained(error) from None
 
 
-def _explained(error: ProgramFailed) -> ProgramFailed:
-    """Tell a machine on which nobody but root may be root from one without packages."""
-    message = f"Debian packages could not be had: {error.message}"
-    if re.search("newuidmap|newgidmap|unshare the user namespace", error.message):
+def _explained(error: ProgramFailed) -> BangerError:
+    """Tell a full disk, and a machine on which nobody but root may be root, from one without packages."""
+    if "No space left on device" in error.message:
+        return DiskFull("There is no space left on the disk for the Debian packages.")
+    told = error.message.replace("unshare exited", "mmdebstrap exited", 1)
+    message = f"Debian packages could not be had: {told}"
+    if re.search("newuidmap|newgidmap|unshare the user namespace", told):
         return ProgramFailed(
             message,
             hint="User namespaces do not work for this user: is uidmap installed, its newuidmap setuid, and"
             " is the user in /etc/subuid and /etc/subgid? `banger doctor` looks.",
         )
     return ProgramFailed(message, hint="Does `apt-get update` work here? banger uses the same sources.")
+
+
+@contextlib.contextmanager
+def _scratch(mode: str, beside: Path) -> Iterator[Path]:
+    """Give mmdebstrap a directory to work in and remove it: one that is killed leaves its root there.
+
+    With subordinate ids it is below /tmp: they may not enter the user's own directories.
+    """
+    scratch = Path(tempfile.mkdtemp(prefix="banger-", dir=None if mode == "unshare" else beside))
+    scratch.chmod(0o755)
+    try:
+        yield scratch
+    finally:
+        if mode == "unshare":
+            # What belongs to subordinate ids only they can remove; they cannot enter the rest.
+            below = ["find", str(scratch), "-xdev", "-mindepth", "2", "-delete"]
+            _try(["mmdebstrap", "--unshare-helper", *below])
+        _try(["rm", "-rf", "--one-file-system", str(scratch)])
+
+
+def _try(words: list[str]) -> None:
+    """Run a program of which we ask nothing: why its caller ends matters more."""
+    with contextlib.suppress(BangerError):
+        proc.run(words)
 
 
 def _mode() -> str:
@@ -126,13 +168,29 @@ def _deb822(apt: Path) -> Iterator[Entry]:
 
 
 def _for_suite(entry: Entry, suite: str) -> str | None:
-    """Give the entry for another Debian release; None when it is not Debian's own."""
+    """Give the entry for another Debian release; None when it is not Debian's own.
+
+    Other vendors call their repositories `debian` and their component `main` too, but sign with a
+    key of theirs or do not name their suites after releases.
+    """
     options, address, here, components = entry
     release, dash, pocket = here.partition("-")
-    debian = re.search(r"/debian(-security)?/?$", address) and "main" in components.split()
-    if not debian or (dash and pocket not in ("updates", "security")) or "/" in release:
+    key = re.search(r"signed-by=([^] ]+)", options)
+    debian = (
+        re.search(r"/debian(-security)?/?$", address)
+        and "main" in components.split()
+        and release == _codename()
+        and (key is None or Path(key[1]).name.startswith("debian-archive-"))
+    )
+    if not debian or (dash and pocket not in ("updates", "security")):
         return None
     return f"deb {options} {address} {suite}{dash}{pocket} main".replace("  ", " ")
+
+
+def _codename() -> str:
+    """Give this machine's release, as its sources call it (os-release(5))."""
+    match = re.search(r"^VERSION_CODENAME=(\S+)$", _read(Path("/etc/os-release")), re.MULTILINE)
+    return match[1] if match else ""
 
 
 def _read(path: Path) -> str:

@@ -80,9 +80,11 @@ def build(
             staging = Path(tempfile.mkdtemp(prefix=f"{_BUILDING}{digest}-", dir=place.parent))
             try:
                 manifest = Manifest(name=name, created_us=time.time_ns() // 1000, details=make(staging))
-                _write_durably(staging / MANIFEST, msgspec.json.encode(manifest))
+                (staging / MANIFEST).write_bytes(msgspec.json.encode(manifest))
+                _flush(*staging.iterdir(), staging)
                 shutil.rmtree(place, ignore_errors=True)  # one whose manifest cannot be read
                 staging.rename(place)
+                _flush(place.parent)
             except BaseException:
                 shutil.rmtree(staging, ignore_errors=True)
                 raise
@@ -147,8 +149,11 @@ def _locked(path: Path, cancelled: Callable[[], bool]) -> Iterator[None]:
         yield
 
 
-def _write_durably(path: Path, content: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
+def _flush(*paths: Path) -> None:
+    """Bring files and directories to the disk: a power cut must not leave a name without its content."""
+    for path in paths:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
