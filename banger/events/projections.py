@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sqlite3
+from collections.abc import Callable
+from typing import Any
 
 import msgspec
 
@@ -14,106 +16,100 @@ from banger.events.vocabulary import Recorded
 vm_decoder = msgspec.json.Decoder(Vm)
 
 
-def project(db: sqlite3.Connection, row: Recorded) -> bool:
-    """Apply one event to the projections; True when it may have made work ready."""
-    event = row.event
-    match event:
-        case ev.VmReserved() | ev.VmDesired() | ev.VmCreated() | ev.VmStarted() | ev.VmReady():
-            _project_vm(db, row)
-        case ev.VmStopped() | ev.VmDeleted():
-            _project_vm(db, row)
-        case ev.ResourceIntended() | ev.ResourceHeld() | ev.ResourceReleased():
-            _project_resource(db, row, event)
-        case ev.ArtifactPublished() | ev.ArtifactDeleted():
-            _project_artifact(db, row, event)
-        case _:
-            return _project_op(db, row)
+def _requested(db: sqlite3.Connection, row: Recorded, event: ev.OpRequested) -> bool:
+    db.execute(
+        "INSERT INTO op (op, kind, vm, name, parent, state, requested_us, start_boot_us)"
+        " VALUES (?, ?, ?, ?, ?, 'waiting', ?, ?)",
+        (row.stream, event.kind, event.vm, event.name, event.parent, row.time_us, row.boot_us),
+    )
+    return _enqueue(db, row, event.lane, epoch=0)
+
+
+def _enqueue(db: sqlite3.Connection, row: Recorded, lane: str, *, epoch: int) -> bool:
+    db.execute(
+        "INSERT INTO work (op, seq, lane, state, due_us, epoch, cancel) VALUES (?, ?, ?, 'ready', 0, ?, 0)",
+        (row.stream, row.seq, lane, epoch),
+    )
+    return True
+
+
+def _claimed(db: sqlite3.Connection, row: Recorded, event: ev.OpClaimed) -> bool:
+    db.execute(
+        "UPDATE work SET state = 'running', epoch = ?, pid = ?, start_ticks = ?, deadline_us = NULL,"
+        " waits_on = NULL WHERE op = ?",
+        (event.epoch, event.worker.pid, event.worker.start_ticks, row.stream),
+    )
+    db.execute(
+        "UPDATE op SET state = CASE state WHEN 'undoing' THEN state ELSE 'running' END WHERE op = ?",
+        (row.stream,),
+    )
     return False
 
 
-def _project_op(db: sqlite3.Connection, row: Recorded) -> bool:
-    op, event = row.stream, row.event
-    match event:
-        case ev.OpRequested(kind=kind, vm=vm, name=name, parent=parent, lane=lane):
-            db.execute(
-                "INSERT INTO op (op, kind, vm, name, parent, state, requested_us, start_boot_us)"
-                " VALUES (?, ?, ?, ?, ?, 'waiting', ?, ?)",
-                (op, kind, vm, name, parent, row.time_us, row.boot_us),
-            )
-            db.execute(
-                "INSERT INTO work (op, seq, lane, state, due_us, epoch, cancel)"
-                " VALUES (?, ?, ?, 'ready', 0, 0, 0)",
-                (op, row.seq, lane),
-            )
-            return True
-        case ev.OpClaimed(epoch=epoch, worker=worker):
-            db.execute(
-                "UPDATE work SET state = 'running', epoch = ?, pid = ?, start_ticks = ?, deadline_us = NULL,"
-                " waits_on = NULL WHERE op = ?",
-                (epoch, worker.pid, worker.start_ticks, op),
-            )
-            db.execute(
-                "UPDATE op SET state = CASE state WHEN 'undoing' THEN state ELSE 'running' END WHERE op = ?",
-                (op,),
-            )
-        case ev.OpInterrupted():
-            _free(db, op, "ready", 0)
-            return True
-        case ev.OpParked(on=on):
-            _free(db, op, "parked", 0)
-            db.execute("UPDATE work SET waits_on = ? WHERE op = ?", (on, op))
-            db.execute("UPDATE op SET state = 'waiting' WHERE op = ?", (op,))
-        case ev.OpCancelRequested():
-            db.execute(
-                "UPDATE work SET cancel = 1, waits_on = NULL, due_us = 0,"
-                " state = CASE state WHEN 'parked' THEN 'ready' ELSE state END WHERE op = ?",
-                (op,),
-            )
-            return True
-        case ev.StepStarted(name=name, deadline_s=deadline) | ev.UndoStarted(name=name, deadline_s=deadline):
-            db.execute("UPDATE op SET step = ? WHERE op = ?", (name, op))
-            db.execute(
-                "UPDATE work SET deadline_us = ? WHERE op = ?", (row.boot_us + int(deadline * 1e6), op)
-            )
-        case ev.StepFailed(retry_in_s=retry) | ev.UndoFailed(retry_in_s=retry) if retry is not None:
-            _free(db, op, "ready", row.boot_us + int(retry * 1e6))
-            return True
-        case ev.OpUndoing():
-            db.execute("UPDATE op SET state = 'undoing' WHERE op = ?", (op,))
-        case ev.OpEnded(fate=fate, error=error):
-            db.execute("DELETE FROM work WHERE op = ?", (op,))
-            db.execute(
-                "UPDATE op SET state = 'ended', fate = ?, error = ?, ended_us = ?,"
-                # CLOCK_BOOTTIME begins anew with the host: what spans a reboot has no duration.
-                " seconds = CASE WHEN ? >= start_boot_us THEN (? - start_boot_us) / 1e6 END WHERE op = ?",
-                (
-                    fate,
-                    None if error is None else msgspec.json.encode(error).decode(),
-                    row.time_us,
-                    row.boot_us,
-                    row.boot_us,
-                    op,
-                ),
-            )
-            db.execute("UPDATE work SET state = 'ready', waits_on = NULL WHERE waits_on = ?", (op,))
-            return True
-        case ev.OpReopened(back=back):
-            db.execute(
-                "UPDATE op SET state = ?, fate = NULL, error = NULL, ended_us = NULL, seconds = NULL"
-                " WHERE op = ?",
-                ("undoing" if back else "waiting", op),
-            )
-            # Its epochs go on, so that a worker from before it stuck stays fenced off.
-            db.execute(
-                "INSERT INTO work (op, seq, lane, state, due_us, epoch, cancel)"
-                " VALUES (?, ?, ?, 'ready', 0, ?, 0)",
-                (op, row.seq, event.lane, event.epoch),
-            )
-            return True
-        case ev.OpAbandoned():
-            db.execute("UPDATE op SET fate = 'abandoned' WHERE op = ?", (op,))
-        case _:
-            pass
+def _interrupted(db: sqlite3.Connection, row: Recorded, _: ev.OpInterrupted) -> bool:
+    _free(db, row.stream, "ready", 0)
+    return True
+
+
+def _parked(db: sqlite3.Connection, row: Recorded, event: ev.OpParked) -> bool:
+    _free(db, row.stream, "parked", 0)
+    db.execute("UPDATE work SET waits_on = ? WHERE op = ?", (event.on, row.stream))
+    db.execute("UPDATE op SET state = 'waiting' WHERE op = ?", (row.stream,))
+    return False
+
+
+def _cancel_requested(db: sqlite3.Connection, row: Recorded, _: ev.OpCancelRequested) -> bool:
+    db.execute(
+        "UPDATE work SET cancel = 1, waits_on = NULL, due_us = 0,"
+        " state = CASE state WHEN 'parked' THEN 'ready' ELSE state END WHERE op = ?",
+        (row.stream,),
+    )
+    return True
+
+
+def _started(db: sqlite3.Connection, row: Recorded, event: ev.StepStarted | ev.UndoStarted) -> bool:
+    db.execute("UPDATE op SET step = ? WHERE op = ?", (event.name, row.stream))
+    deadline_us = row.boot_us + int(event.deadline_s * 1e6)
+    db.execute("UPDATE work SET deadline_us = ? WHERE op = ?", (deadline_us, row.stream))
+    return False
+
+
+def _failed(db: sqlite3.Connection, row: Recorded, event: ev.StepFailed | ev.UndoFailed) -> bool:
+    if event.retry_in_s is None:
+        return False
+    _free(db, row.stream, "ready", row.boot_us + int(event.retry_in_s * 1e6))
+    return True
+
+
+def _undoing(db: sqlite3.Connection, row: Recorded, _: ev.OpUndoing) -> bool:
+    db.execute("UPDATE op SET state = 'undoing' WHERE op = ?", (row.stream,))
+    return False
+
+
+def _ended(db: sqlite3.Connection, row: Recorded, event: ev.OpEnded) -> bool:
+    error = None if event.error is None else msgspec.json.encode(event.error).decode()
+    db.execute("DELETE FROM work WHERE op = ?", (row.stream,))
+    db.execute(
+        "UPDATE op SET state = 'ended', fate = ?, error = ?, ended_us = ?,"
+        # CLOCK_BOOTTIME begins anew with the host: what spans a reboot has no duration.
+        " seconds = CASE WHEN ? >= start_boot_us THEN (? - start_boot_us) / 1e6 END WHERE op = ?",
+        (event.fate, error, row.time_us, row.boot_us, row.boot_us, row.stream),
+    )
+    db.execute("UPDATE work SET state = 'ready', waits_on = NULL WHERE waits_on = ?", (row.stream,))
+    return True
+
+
+def _reopened(db: sqlite3.Connection, row: Recorded, event: ev.OpReopened) -> bool:
+    db.execute(
+        "UPDATE op SET state = ?, fate = NULL, error = NULL, ended_us = NULL, seconds = NULL WHERE op = ?",
+        ("undoing" if event.back else "waiting", row.stream),
+    )
+    # Its epochs go on, so that a worker from before it stuck stays fenced off.
+    return _enqueue(db, row, event.lane, epoch=event.epoch)
+
+
+def _abandoned(db: sqlite3.Connection, row: Recorded, _: ev.OpAbandoned) -> bool:
+    db.execute("UPDATE op SET fate = 'abandoned' WHERE op = ?", (row.stream,))
     return False
 
 
@@ -125,18 +121,18 @@ def _free(db: sqlite3.Connection, op: str, state: str, due_us: int) -> None:
     )
 
 
-def _project_vm(db: sqlite3.Connection, row: Recorded) -> None:
+def _project_vm(db: sqlite3.Connection, row: Recorded, _: ev.Event) -> bool:
     found = db.execute("SELECT data FROM vm WHERE vm = ?", (row.stream,)).fetchone()
     vm = apply_vm(None if found is None else vm_decoder.decode(found[0]), row)
     if vm is None:
-        return
+        return False
     if vm.state == "deleted":
         db.execute("DELETE FROM vm WHERE vm = ?", (row.stream,))
-        return
+        return False
     data = msgspec.json.encode(vm).decode()
     if found is not None:
         db.execute("UPDATE vm SET state = ?, data = ? WHERE vm = ?", (vm.state, data, row.stream))
-        return
+        return False
     try:
         db.execute(
             "INSERT INTO vm (vm, name, state, data) VALUES (?, ?, ?, ?)",
@@ -147,17 +143,18 @@ def _project_vm(db: sqlite3.Connection, row: Recorded) -> None:
             f"A VM named {vm.spec.name!r} exists already.",
             hint=f"Choose another name, or `banger vm delete {vm.spec.name}` first.",
         ) from None
+    return False
 
 
 def _project_resource(
     db: sqlite3.Connection,
     row: Recorded,
     event: ev.ResourceIntended | ev.ResourceHeld | ev.ResourceReleased,
-) -> None:
+) -> bool:
     resource = event.resource
     if isinstance(event, ev.ResourceReleased):
         db.execute("DELETE FROM resource WHERE kind = ? AND id = ?", (resource.kind, resource.id))
-        return
+        return False
     state = "held" if isinstance(event, ev.ResourceHeld) else "intended"
     db.execute(
         "INSERT INTO resource (kind, id, state, vm, op, step, time_us) VALUES (?, ?, ?, ?, ?, ?, ?)"
@@ -165,14 +162,15 @@ def _project_resource(
         " step = excluded.step, time_us = excluded.time_us",
         (resource.kind, resource.id, state, event.vm, row.op or "", event.step, row.time_us),
     )
+    return False
 
 
 def _project_artifact(
     db: sqlite3.Connection, row: Recorded, event: ev.ArtifactPublished | ev.ArtifactDeleted
-) -> None:
+) -> bool:
     if isinstance(event, ev.ArtifactDeleted):
         db.execute("DELETE FROM artifact WHERE kind = ? AND name = ?", (event.kind, event.name))
-        return
+        return False
     db.execute(
         "INSERT OR REPLACE INTO artifact (kind, name, digest, size_bytes, created_us, details)"
         " VALUES (?, ?, ?, ?, ?, ?)",
@@ -185,3 +183,39 @@ def _project_artifact(
             msgspec.json.encode(event.details).decode(),
         ),
     )
+    return False
+
+
+_PROJECTORS: dict[type[ev.Event], Callable[[sqlite3.Connection, Recorded, Any], bool]] = {
+    ev.OpRequested: _requested,
+    ev.OpClaimed: _claimed,
+    ev.OpInterrupted: _interrupted,
+    ev.OpParked: _parked,
+    ev.OpCancelRequested: _cancel_requested,
+    ev.OpUndoing: _undoing,
+    ev.OpEnded: _ended,
+    ev.OpReopened: _reopened,
+    ev.OpAbandoned: _abandoned,
+    ev.StepStarted: _started,
+    ev.StepFailed: _failed,
+    ev.UndoStarted: _started,
+    ev.UndoFailed: _failed,
+    ev.ResourceIntended: _project_resource,
+    ev.ResourceHeld: _project_resource,
+    ev.ResourceReleased: _project_resource,
+    ev.VmReserved: _project_vm,
+    ev.VmDesired: _project_vm,
+    ev.VmCreated: _project_vm,
+    ev.VmStarted: _project_vm,
+    ev.VmReady: _project_vm,
+    ev.VmStopped: _project_vm,
+    ev.VmDeleted: _project_vm,
+    ev.ArtifactPublished: _project_artifact,
+    ev.ArtifactDeleted: _project_artifact,
+}
+
+
+def project(db: sqlite3.Connection, row: Recorded) -> bool:
+    """Apply one event to the projections; True when it may have made work ready."""
+    projector = _PROJECTORS.get(type(row.event))
+    return projector is not None and projector(db, row, row.event)
