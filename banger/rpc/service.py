@@ -14,7 +14,7 @@ from banger.config import Config, Dirs, host_memory_mib, sizes
 from banger.errors import InvalidRequest, NotFound, WrongState
 from banger.events import queries
 from banger.events import vocabulary as ev
-from banger.events.fold import Op, Vm, fold_op
+from banger.events.fold import Vm
 from banger.events.log import EventLog
 from banger.guest import ssh
 from banger.images import debian, store
@@ -23,6 +23,7 @@ from banger.model import Resource, VmSpec, check_artifact_name, check_vm_name
 from banger.rpc import protocol as p
 from banger.rpc import views
 from banger.rpc.names import random_name
+from banger.rpc.operations import Operations
 from banger.rpc.past import Past
 from banger.tasks.pipeline import Pipeline
 from banger.tasks.registry import pipelines
@@ -64,11 +65,6 @@ class Service:
             p.VmShow: self._vm_show,
             p.VmSsh: self._vm_ssh,
             p.VmList: lambda _: {"vms": self.vm_views()},
-            p.OpsList: self._ops_list,
-            p.OpsShow: self._ops_show,
-            p.OpsCancel: self._ops_cancel,
-            p.OpsRetry: self._ops_retry,
-            p.OpsAbandon: self._ops_abandon,
             p.ImageList: lambda _: {"images": self._artifacts("image")},
             p.ImageShow: lambda r: {"image": self._artifact("image", r.image)},
             p.ImageBuild: lambda r: self._make("image.build", "image", r.image),
@@ -77,6 +73,7 @@ class Service:
             p.KernelShow: lambda r: {"kernel": self._artifact("kernel", r.kernel)},
             p.KernelPull: lambda r: self._make("kernel.pull", "kernel", r.kernel),
             p.KernelDelete: lambda r: self._delete("kernel", r.kernel),
+            **Operations(log, self._pipelines, self._create).answers,
             **Past(log).answers,
         }
 
@@ -229,69 +226,6 @@ class Service:
         if not proc.alive(vm.process):
             raise WrongState(f"The VMM of {vm.spec.name} has ended.", hint=f"banger vm start {vm.spec.name}")
         return ssh.Target(vm=vm.id, port=vm.ssh_port, paths=self.dirs.vm(vm.id), key=self.dirs.user_key)
-
-    # -- operations --------------------------------------------------------------------------
-
-    def _ops_list(self, request: p.OpsList) -> dict[str, Any]:
-        vm = None
-        if request.vm is not None:
-            vm = next((v.id for v in queries.vms(self.log) if request.vm in (v.id, v.spec.name)), request.vm)
-        return {"ops": [views.op_summary(op) for op in queries.ops(self.log, limit=request.limit, vm=vm)]}
-
-    def _ops_show(self, request: p.OpsShow) -> dict[str, Any]:
-        summary = queries.find_op(self.log, request.op)
-        return {"op": views.op(summary, self._whole(summary.id))}
-
-    def _ops_cancel(self, request: p.OpsCancel) -> dict[str, Any]:
-        op = queries.find_op(self.log, request.op)
-        if not self.log.cancel(op.id):
-            raise WrongState(f"{op.id} has ended already ({op.fate}).", op=op.id)
-        return {"op": op.id}
-
-    def _ops_retry(self, request: p.OpsRetry) -> dict[str, Any]:
-        summary = queries.find_op(self.log, request.op)
-        match summary.fate:
-            case "stuck" | "abandoned":
-                return {"op": self._reopen(summary.id)}
-            case "undone" | "cancelled":
-                return {"op": self._ask_anew(summary.id), "retries": summary.id}
-            case fate:
-                raise WrongState(f"{summary.id} {'goes on' if fate is None else 'is done'}.", op=summary.id)
-
-    def _whole(self, op_id: str) -> Op:
-        op = fold_op(self.log.read(stream=op_id))
-        assert op is not None
-        return op
-
-    def _reopen(self, op_id: str) -> str:
-        """Go on with a stuck operation from the step it stuck at; finished steps are not done again."""
-        op = self._whole(op_id)
-        one_way = {step.name for step in self._pipelines[op.kind].steps if step.forward_only}
-        back = not any(step.touched and step.name in one_way for step in op.steps)
-        with self.log.transaction(durable=True) as tx:
-            reopened = ev.OpReopened(lane=op.lane, epoch=op.epoch, back=back)
-            tx.append(op.id, reopened, op=op.id)
-        return op.id
-
-    def _ask_anew(self, op_id: str) -> str:
-        """Ask again for what an operation that left nothing was asked for."""
-        op = self._whole(op_id)
-        if op.kind == "vm.create":
-            asked = next(r.event for r in self.log.read(op=op_id) if isinstance(r.event, ev.VmReserved))
-            again = self._create(asked.spec, start=bool(op.args.get("start", True)))
-            return str(again["op"])
-        if op.vm is not None and queries.vm(self.log, op.vm) is None:
-            raise NotFound(f"The VM {op.name} is no more.", op=op_id)
-        asked_for = self._pipelines[op.kind].request(lane=op.lane, args=op.args, vm=op.vm, name=op.name)
-        return self.log.request(asked_for)
-
-    def _ops_abandon(self, request: p.OpsAbandon) -> dict[str, Any]:
-        op = queries.find_op(self.log, request.op)
-        if op.fate != "stuck":
-            raise WrongState(f"{op.id} is not stuck but {op.fate or op.state}.", op=op.id)
-        with self.log.transaction(durable=True) as tx:
-            tx.append(op.id, ev.OpAbandoned(), op=op.id)
-        return {"op": op.id}
 
     # -- images and kernels ------------------------------------------------------------------
 

@@ -10,9 +10,10 @@ import pytest
 
 from banger import proc
 from banger.config import Config, Dirs
-from banger.errors import AlreadyExists, DiskFull, TimedOut
+from banger.errors import AlreadyExists, DiskFull, TimedOut, WrongState
 from banger.events import queries, work
 from banger.events import vocabulary as ev
+from banger.events.fold import fold_op
 from banger.events.log import EventLog
 from banger.model import Process, Resource, VmSpec
 from banger.rpc import daemon as daemons
@@ -170,3 +171,48 @@ def test_the_last_lines_of_a_console(tmp_path: Path, content: bytes, lines: int,
     console = tmp_path / "console.log"
     console.write_bytes(content)
     assert content[_tail_offset(console, lines) :] == expected
+
+
+def stuck(service: Service, log: EventLog, *, one_way: bool) -> str:
+    """Record an operation that stuck: deleting a VM, or undoing its creation."""
+    if one_way:
+        running(log, proc.me())
+        op = str(service.answer(p.VmDelete(vm="web"))["op"])
+        name = "halt"
+    else:
+        op = str(service.answer(p.VmCreate(name="web"))["op"])
+        name = "name"
+    work.claim(log, proc.me())
+    with log.transaction() as tx:
+        started = ev.StepStarted(step=0, name=name, title=name, attempt=1, deadline_s=9)
+        tx.append(op, started, op=op)
+        tx.append(op, ev.StepFailed(step=0, name=name, error={"message": "no"}), op=op)
+        tx.append(op, ev.OpUndoing(error={"message": "no"}), op=op)
+        tx.append(op, ev.OpEnded(fate="stuck", error={"message": "no"}), op=op)
+    return op
+
+
+@pytest.mark.parametrize("one_way", [True, False])
+def test_a_stuck_operation_is_shown_and_goes_on_where_it_was_going(
+    service: Service, dirs: Dirs, log: EventLog, one_way: bool
+) -> None:
+    """Past its point of no return it goes on; before it, it goes on being undone."""
+    op = stuck(service, log, one_way=one_way)
+    assert queries.stuck_in(dirs.database) == [(op, "vm.delete" if one_way else "vm.create", "web")]
+    assert queries.active_count(log) == 0
+    assert service.answer(p.OpsRetry(op=op)) == {"op": op}
+    reopened = fold_op(log.read(stream=op))
+    assert reopened is not None
+    assert reopened.undoing is not one_way
+    assert queries.stuck(log) == []
+    assert log.rebuild() == []
+
+
+def test_a_stuck_operation_is_given_up(service: Service, dirs: Dirs, log: EventLog) -> None:
+    """Nobody is told of it any more, and only what is stuck can be given up."""
+    op = stuck(service, log, one_way=False)
+    service.answer(p.OpsAbandon(op=op))
+    assert queries.stuck_in(dirs.database) == []
+    with pytest.raises(WrongState):
+        service.answer(p.OpsAbandon(op=op))
+    assert log.rebuild() == []

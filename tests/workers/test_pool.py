@@ -167,3 +167,15 @@ def test_the_daemon_is_the_only_one(pool: Pool) -> None:
     )
     assert second.returncode == 1
     assert "Another daemon of this user is running." in second.stderr
+
+
+def test_an_undone_operation_is_asked_for_anew(pool: Pool, tmp_path: Path) -> None:
+    """`ops retry` of one that was undone is another operation with the same request."""
+    undone = pool.end(pool.request(tmp_path, traps={"three/after": "fail"}))
+    assert undone.fate == "undone"
+    reply = pool.home.json("ops", "retry", undone.id)
+    assert reply["op"] != undone.id
+    assert pool.end(reply["op"]).fate == "done"
+    assert left(tmp_path) == set(STEPS)
+    refused = pool.home.banger("ops", "retry", reply["op"])
+    assert (refused.returncode, "is done" in refused.stderr) == (4, True)

@@ -1,0 +1,94 @@
+"""Look at operations, stop them, try them again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from banger.errors import NotFound, WrongState
+from banger.events import queries
+from banger.events import vocabulary as ev
+from banger.events.fold import Op, fold_op
+from banger.events.log import EventLog
+from banger.rpc import protocol as p
+from banger.rpc import views
+from banger.tasks.pipeline import Pipeline
+
+
+class Operations:
+    """The methods about operations. `create` asks for a VM by its whole specification."""
+
+    def __init__(
+        self, log: EventLog, pipelines: Mapping[str, Pipeline], create: Callable[..., dict[str, Any]]
+    ):
+        self._log = log
+        self._pipelines = pipelines
+        self._create = create
+        self.answers: dict[type[p.Request], Callable[[Any], dict[str, Any]]] = {
+            p.OpsList: self._list,
+            p.OpsShow: self._show,
+            p.OpsCancel: self._cancel,
+            p.OpsRetry: self._retry,
+            p.OpsAbandon: self._abandon,
+        }
+
+    def _list(self, request: p.OpsList) -> dict[str, Any]:
+        vm = None
+        if request.vm is not None:
+            vm = next((v.id for v in queries.vms(self._log) if request.vm in (v.id, v.spec.name)), request.vm)
+        return {"ops": [views.op_summary(op) for op in queries.ops(self._log, limit=request.limit, vm=vm)]}
+
+    def _show(self, request: p.OpsShow) -> dict[str, Any]:
+        summary = queries.find_op(self._log, request.op)
+        return {"op": views.op(summary, self._whole(summary.id))}
+
+    def _cancel(self, request: p.OpsCancel) -> dict[str, Any]:
+        op = queries.find_op(self._log, request.op)
+        if not self._log.cancel(op.id):
+            raise WrongState(f"{op.id} has ended already ({op.fate}).", op=op.id)
+        return {"op": op.id}
+
+    def _retry(self, request: p.OpsRetry) -> dict[str, Any]:
+        summary = queries.find_op(self._log, request.op)
+        match summary.fate:
+            case "stuck" | "abandoned":
+                return {"op": self._reopen(summary.id)}
+            case "undone" | "cancelled":
+                return {"op": self._ask_anew(summary.id), "retries": summary.id}
+            case fate:
+                raise WrongState(f"{summary.id} {'goes on' if fate is None else 'is done'}.", op=summary.id)
+
+    def _whole(self, op_id: str) -> Op:
+        op = fold_op(self._log.read(stream=op_id))
+        assert op is not None
+        return op
+
+    def _reopen(self, op_id: str) -> str:
+        """Go on with a stuck operation from the step it stuck at; finished steps are not done again."""
+        op = self._whole(op_id)
+        one_way = {step.name for step in self._pipelines[op.kind].steps if step.forward_only}
+        back = not any(step.touched and step.name in one_way for step in op.steps)
+        with self._log.transaction(durable=True) as tx:
+            reopened = ev.OpReopened(lane=op.lane, epoch=op.epoch, back=back)
+            tx.append(op.id, reopened, op=op.id)
+        return op.id
+
+    def _ask_anew(self, op_id: str) -> str:
+        """Ask again for what an operation that left nothing was asked for."""
+        op = self._whole(op_id)
+        if op.kind == "vm.create":
+            asked = next(r.event for r in self._log.read(op=op_id) if isinstance(r.event, ev.VmReserved))
+            again = self._create(asked.spec, start=bool(op.args.get("start", True)))
+            return str(again["op"])
+        if op.vm is not None and queries.vm(self._log, op.vm) is None:
+            raise NotFound(f"The VM {op.name} is no more.", op=op_id)
+        asked_for = self._pipelines[op.kind].request(lane=op.lane, args=op.args, vm=op.vm, name=op.name)
+        return self._log.request(asked_for)
+
+    def _abandon(self, request: p.OpsAbandon) -> dict[str, Any]:
+        op = queries.find_op(self._log, request.op)
+        if op.fate != "stuck":
+            raise WrongState(f"{op.id} is not stuck but {op.fate or op.state}.", op=op.id)
+        with self._log.transaction(durable=True) as tx:
+            tx.append(op.id, ev.OpAbandoned(), op=op.id)
+        return {"op": op.id}
