@@ -236,10 +236,9 @@ def kill(process: Process, timeout_s: float = 10.0) -> None:
             raise TimedOut(f"Process {process.pid} did not end within {timeout_s:g} s of SIGKILL.")
 
 
-def find_by_environ(name: str, value: str) -> list[Process]:
-    """Find this user's processes that were started with `name=value` in their environment."""
-    wanted = f"{name}={value}".encode()
-    found = []
+def marked(name: str) -> Iterator[tuple[Process, str]]:
+    """Find this user's processes that were started with `name` in their environment, and its value."""
+    wanted = f"{name}=".encode()
     for entry in os.scandir("/proc"):
         if not entry.name.isdigit():
             continue
@@ -247,6 +246,21 @@ def find_by_environ(name: str, value: str) -> list[Process]:
             environ = Path(entry.path, "environ").read_bytes()
         except OSError:
             continue  # gone meanwhile, or another user's
-        if wanted in environ.split(b"\0") and (process := identify(int(entry.name))) is not None:
-            found.append(process)
-    return found
+        value = next((v[len(wanted) :] for v in environ.split(b"\0") if v.startswith(wanted)), None)
+        if value is not None and (process := identify(int(entry.name))) is not None:
+            yield process, value.decode("utf-8", "replace")
+
+
+def words(process: Process) -> str:
+    """Give the words a process was started with, with spaces between; empty when it is gone."""
+    try:
+        return (
+            Path(f"/proc/{process.pid}/cmdline").read_bytes().replace(b"\0", b" ").decode("utf-8", "replace")
+        )
+    except OSError:
+        return ""
+
+
+def find_by_environ(name: str, value: str) -> list[Process]:
+    """Find this user's processes that were started with `name=value` in their environment."""
+    return [process for process, found in marked(name) if found == value]

@@ -208,6 +208,32 @@ def resource_ids(log: EventLog, kind: str) -> set[str]:
     return {row.id for row in query.execute(log.peewee)}
 
 
+def ledger_counts(log: EventLog) -> tuple[int, int, int]:
+    """Count what was acquired and released since the log began, and what is in the ledger now.
+
+    Images and kernels are left out: they belong to the cache.
+    """
+    counted = (
+        "SELECT count(*) FROM (SELECT DISTINCT op, data FROM event WHERE type = ?"
+        " AND json_extract(data, '$.resource.kind') != 'artifact')"
+    )
+    acquired = log.db.execute(counted, ("resource.intended",)).fetchone()[0]
+    released = log.db.execute(counted, ("resource.released",)).fetchone()[0]
+    held = ResourceRow.select().where(ResourceRow.kind != "artifact").count(log.peewee)
+    return int(acquired), int(released), int(held)
+
+
+def last_acquired(log: EventLog, resource: Resource) -> tuple[str, int] | None:
+    """Find the operation that last acquired a resource, and when (µs since the epoch)."""
+    found = log.db.execute(
+        "SELECT op, time_us FROM event WHERE type = 'resource.intended'"
+        " AND json_extract(data, '$.resource.kind') = ? AND json_extract(data, '$.resource.id') = ?"
+        " ORDER BY seq DESC LIMIT 1",
+        (resource.kind, resource.id),
+    ).fetchone()
+    return None if found is None else (str(found[0]), int(found[1]))
+
+
 def artifact(log: EventLog, kind: str, name: str) -> ArtifactSummary | None:
     """Find an image or kernel by name."""
     wanted = (ArtifactRow.kind == kind) & (ArtifactRow.name == name)

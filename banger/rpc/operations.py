@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import msgspec
+
+from banger.config import Dirs
 from banger.errors import NotFound, WrongState
 from banger.events import queries
 from banger.events import vocabulary as ev
@@ -12,6 +15,7 @@ from banger.events.fold import Op, fold_op
 from banger.events.log import EventLog
 from banger.rpc import protocol as p
 from banger.rpc import views
+from banger.tasks.audit import SWEEP, audit
 from banger.tasks.pipeline import Pipeline
 
 
@@ -19,7 +23,11 @@ class Operations:
     """The methods about operations. `create` asks for a VM by its whole specification."""
 
     def __init__(
-        self, log: EventLog, pipelines: Mapping[str, Pipeline], create: Callable[..., dict[str, Any]]
+        self,
+        log: EventLog,
+        dirs: Dirs,
+        pipelines: Mapping[str, Pipeline],
+        create: Callable[..., dict[str, Any]],
     ):
         self._log = log
         self._pipelines = pipelines
@@ -30,6 +38,8 @@ class Operations:
             p.OpsCancel: self._cancel,
             p.OpsRetry: self._retry,
             p.OpsAbandon: self._abandon,
+            p.OpsAudit: lambda _: msgspec.to_builtins(audit(log, dirs)),
+            p.OpsSweep: lambda _: {"op": log.request(SWEEP.request(lane="host"))},
         }
 
     def _list(self, request: p.OpsList) -> dict[str, Any]:

@@ -211,6 +211,18 @@ class OpsAbandon(Request):
     op: str
 
 
+class OpsAudit(Request):
+    """Compare the ledger with the host -> {acquired, released, held, leaked, missing}."""
+
+    method = "ops.audit"
+
+
+class OpsSweep(Request):
+    """Remove what the audit finds to be nobody's -> {op}."""
+
+    method = "ops.sweep"
+
+
 class EventsList(Request):
     """Events with seq > `after`, of an operation, a VM or a type if given -> {events}.
 

@@ -73,7 +73,7 @@ class Service:
             p.KernelShow: lambda r: {"kernel": self._artifact("kernel", r.kernel)},
             p.KernelPull: lambda r: self._make("kernel.pull", "kernel", r.kernel),
             p.KernelDelete: lambda r: self._delete("kernel", r.kernel),
-            **Operations(log, self._pipelines, self._create).answers,
+            **Operations(log, dirs, self._pipelines, self._create).answers,
             **Past(log).answers,
         }
 

@@ -21,7 +21,7 @@ import msgspec
 
 from banger.errors import ProgramFailed
 from banger.model import Value
-from banger.tasks import artifacts, vm
+from banger.tasks import artifacts, audit, vm
 from banger.tasks.context import Ctx
 from banger.tasks.pipeline import Pipeline, Step
 
@@ -136,5 +136,5 @@ def _with_traps(kind: str, step: Step) -> Step:
 
 PIPELINES = tuple(
     Pipeline(pipeline.kind, tuple(_with_traps(pipeline.kind, step) for step in pipeline.steps))
-    for pipeline in (*vm.PIPELINES, *artifacts.PIPELINES)
+    for pipeline in (*vm.PIPELINES, *artifacts.PIPELINES, *audit.PIPELINES)
 )

@@ -12,7 +12,7 @@ from banger import layout
 from banger.errors import BangerError, Cancelled, WrongState
 from banger_cli import wire
 from banger_cli.commands import Branch, Leaf, wait_option
-from banger_cli.follow import events, follow, settle
+from banger_cli.follow import events, follow, settle, wait
 from banger_cli.output import Out
 from banger_cli.screen import Screen
 
@@ -27,6 +27,7 @@ branch = Branch(
         "cancel": "ops:cancel",
         "retry": "ops:retry",
         "abandon": "ops:abandon",
+        "audit": "ops:audit",
     },
     aliases={"ls": "list"},
     help="See what was asked for and what became of it, step by step.",
@@ -206,3 +207,35 @@ def abandon(out: Out, op: str) -> None:
     """Give up an operation that is stuck. What it still holds stays in the ledger."""
     reply = wire.call("ops.abandon", op=op)
     out.show(reply, [f"{reply['op']} is given up"])
+
+
+@click.command("audit", cls=Leaf, epilog="""\
+Examples:
+  banger ops audit
+  banger ops audit --fix       and remove what is nobody's""")  # fmt: skip
+@click.option("--fix", is_flag=True, help="Remove what is on the host and belongs to nobody.")
+@click.pass_obj
+def audit(out: Out, fix: bool) -> int:
+    """Compare what operations acquired and released with what is really on the host.
+
+    Exits with 1 when something leaked, or is missing.
+    """
+    found = wire.call("ops.audit")
+    if fix and found["leaked"]:
+        wait(wire.call("ops.sweep")["op"], out)
+        found = {**wire.call("ops.audit"), "removed": found["leaked"]}
+    out.show(found, _audited(found))
+    return 1 if found["leaked"] or found["missing"] else 0
+
+
+def _audited(found: Json) -> Iterator[str]:
+    yield (
+        f"acquired {found['acquired']}, released {found['released']}, held {found['held']},"
+        f" leaked {len(found['leaked'])}, missing {len(found['missing'])}"
+    )
+    for word in ("leaked", "missing", "removed"):
+        for each in found.get(word, ()):
+            by = f" by {each['op']} on {layout.moment(each['time_us'])}" if each["op"] else ""
+            yield f"  {word}: {each['kind']} {each['id']} of {each['vm']}{', acquired' + by if by else ''}"
+    if found["leaked"]:
+        yield "`banger ops audit --fix` removes what leaked."

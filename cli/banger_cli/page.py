@@ -29,6 +29,7 @@ Operations
   ops cancel    stop one and undo it
   ops retry     go on with one that is stuck, or ask again for one that was undone
   ops abandon   give up one that is stuck
+  ops audit     is anything left on the host that is nobody's?
 
   events list, tail, export, verify     the log that all of this is made from
   state rebuild                         make it again from the log

@@ -66,6 +66,9 @@ class World:
     def nothing_is_left(self) -> None:
         """Compare log, ledger, queue, files, processes and ports with a host that has no VM."""
         dirs = self.home.dirs
+        audited = self.home.json("ops", "audit")
+        assert (audited["held"], audited["leaked"], audited["missing"]) == (0, [], [])
+        assert audited["acquired"] == audited["released"]
         log = EventLog(dirs.database, dirs.work_bell, self.home.path / "own.fifo", "test")
         try:
             assert queries.vms(log) == []
