@@ -180,9 +180,9 @@ Examples:
 @wait_option
 @click.pass_obj
 def retry(out: Out, op: str, waits: bool) -> None:
-    """Go on with an operation that is stuck, from the step it stuck at; finished steps are not redone.
+    """Go on with an operation that is stuck; finished steps stay.
 
-    One that was undone is asked for anew, as another operation.
+    It goes on from the step it stuck at. One that was undone is asked for anew, as another operation.
     """
     reply = wire.call("ops.retry", op=op)
     if not waits:

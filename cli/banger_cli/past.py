@@ -47,7 +47,7 @@ def list_at(out: Out, text: str, *, everything: bool) -> None:
 @click.argument("vm", metavar="NAME")
 @click.pass_obj
 def history(out: Out, vm: str) -> None:
-    """Tell everything that was done to a VM, the oldest first; also when it is gone."""
+    """Tell what was done to a VM, the oldest first; also when gone."""
     reply = wire.call("vm.history", vm=vm)
     rows = [
         (
