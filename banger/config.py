@@ -180,7 +180,7 @@ class Config(Value):
 
 
 class Size(Value):
-    """A resolved size and where it came from (`config` or `host`)."""
+    """A resolved size and where it came from (`config`, `host` or `default`)."""
 
     value: int
     source: str
@@ -236,5 +236,7 @@ def sizes(config: Config) -> Sizes:
     return Sizes(
         vcpu=pick(config.vcpu, max(1, min(4, host_cpus() // 4))),
         memory_mib=pick(config.memory_mib, max(256, min(8192, host_memory_mib() // 8))),
-        disk_mib=Size(value=config.disk_mib, source="config"),
+        disk_mib=Size(
+            value=config.disk_mib, source="default" if config.disk_mib == Config().disk_mib else "config"
+        ),
     )

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import collections
 import contextlib
+from collections.abc import AsyncIterator
 
 import asyncssh
 
@@ -11,6 +13,10 @@ from banger.errors import GuestUnreachable
 from banger.guest.ssh import Target
 
 CONNECT_S = 15.0
+KEPT_IDLE = 4
+"""Connections kept for later. One command on each at a time: with several, dropbear (2022.83) refuses
+some that begin while others end, and may fail an assertion that takes the whole connection with it."""
+
 # Key exchange and ciphers run in an emulated guest: the cheapest strong ones come first.
 _KEX = ["curve25519-sha256", "curve25519-sha256@libssh.org"]
 _CIPHERS = ["chacha20-poly1305@openssh.com", "aes256-ctr", "aes128-ctr"]
@@ -18,55 +24,115 @@ _HOST_KEYS = ["ssh-ed25519"]
 
 
 class Connections:
-    """At most one connection to each VM, made on first use and kept."""
+    """Connections to each VM: one for each command that runs at the same time, kept for the next."""
 
     def __init__(self) -> None:
-        self._tasks: dict[str, asyncio.Task[asyncssh.SSHClientConnection]] = {}
+        self._pools: dict[str, _Pool] = {}
 
-    async def get(self, target: Target) -> asyncssh.SSHClientConnection:
-        """Give the connection to a guest; callers that come at once share one handshake.
+    @contextlib.asynccontextmanager
+    async def lease(self, target: Target) -> AsyncIterator[asyncssh.SSHClientConnection]:
+        """Give a connection that nobody else uses, for the length of the block.
 
         Raises GuestUnreachable.
         """
-        task = self._tasks.get(target.vm)
-        if task is None or (task.done() and _broken(task)):
-            task = asyncio.create_task(_connect(target))
-            self._tasks[target.vm] = task
+        pool = self._pools.setdefault(target.vm, _Pool(target))
+        connection = await pool.take()
         try:
-            # shield: a caller that goes away must not cut off the others.
-            return await asyncio.shield(task)
-        except asyncio.CancelledError:
-            if not task.cancelled():
-                raise  # it is this caller that is cancelled
-            raise GuestUnreachable("The VM was stopped while its connection was made.") from None
-        except (OSError, asyncssh.Error, TimeoutError) as error:
-            if self._tasks.get(target.vm) is task:  # else it was dropped, and is another's by now
-                self.drop(target.vm)
-            raise GuestUnreachable(
-                f"The guest does not answer over SSH: {error or 'it took too long'}.",
-                hint=f"`banger vm logs {target.vm}` shows its console.",
-            ) from None
+            yield connection
+        finally:
+            pool.give_back(connection)
 
     def drop(self, vm: str) -> None:
-        """Forget the connection to a VM that is gone, and close it."""
-        task = self._tasks.pop(vm, None)
-        if task is None:
-            return
-        if task.done() and not task.cancelled() and task.exception() is None:
-            task.result().abort()
-        else:
-            task.cancel()
+        """Forget the connections to a VM that is gone, and close them."""
+        pool = self._pools.pop(vm, None)
+        if pool is not None:
+            pool.close()
 
     async def close(self) -> None:
         """Close every connection."""
-        for vm in list(self._tasks):
+        for vm in list(self._pools):
             self.drop(vm)
-        with contextlib.suppress(asyncio.CancelledError):
-            await asyncio.sleep(0)
+        await asyncio.sleep(0)  # let them say so
 
 
-def _broken(task: asyncio.Task[asyncssh.SSHClientConnection]) -> bool:
-    return task.cancelled() or task.exception() is not None or task.result().is_closed()
+class _Pool:
+    """The connections to one VM. They are made one at a time: the server refuses a crowd of strangers."""
+
+    def __init__(self, target: Target):
+        self._target = target
+        self._idle: list[asyncssh.SSHClientConnection] = []
+        self._busy: set[asyncssh.SSHClientConnection] = set()
+        self._waiting: collections.deque[asyncio.Future[None]] = collections.deque()
+        self._making: asyncio.Task[None] | None = None
+
+    async def take(self) -> asyncssh.SSHClientConnection:
+        """Give an idle connection, or the next one that is given back or made."""
+        while True:
+            while self._idle:
+                connection = self._idle.pop()
+                if not connection.is_closed():
+                    self._busy.add(connection)
+                    return connection
+            await self._free()
+
+    async def _free(self) -> None:
+        """Wait until a connection may be idle. Raises GuestUnreachable when none can be made."""
+        turn = asyncio.get_running_loop().create_future()
+        self._waiting.append(turn)
+        self._make_more()
+        try:
+            await turn
+        except asyncio.CancelledError:
+            if turn.done() and not turn.cancelled():
+                self._wake()  # it was this caller's turn: let another have it
+            raise
+
+    def _make_more(self) -> None:
+        if self._waiting and self._making is None:
+            self._making = asyncio.create_task(self._make())
+
+    async def _make(self) -> None:
+        try:
+            self._idle.append(await _connect(self._target))
+        except (OSError, asyncssh.Error, TimeoutError) as error:
+            self._fail(f"The guest does not answer over SSH: {error or 'it took too long'}.")
+        finally:
+            self._making = None
+        self._wake()
+        self._make_more()
+
+    def _wake(self) -> None:
+        """Let the caller that has waited longest look for an idle connection."""
+        while self._waiting and self._idle:
+            turn = self._waiting.popleft()
+            if not turn.done():
+                turn.set_result(None)
+                return
+
+    def _fail(self, message: str) -> None:
+        hint = f"`banger vm logs {self._target.vm}` shows its console."
+        while self._waiting:
+            turn = self._waiting.popleft()
+            if not turn.done():
+                turn.set_exception(GuestUnreachable(message, hint=hint))
+
+    def give_back(self, connection: asyncssh.SSHClientConnection) -> None:
+        """Keep a connection for the next command, unless enough are kept or it is closed."""
+        self._busy.discard(connection)
+        if not connection.is_closed() and (self._waiting or len(self._idle) < KEPT_IDLE):
+            self._idle.append(connection)
+            self._wake()
+        else:
+            connection.close()
+
+    def close(self) -> None:
+        """Close every connection; who waits for one is told."""
+        if self._making is not None:
+            self._making.cancel()
+        self._fail("The VM was stopped while its connection was made.")
+        for connection in (*self._idle, *self._busy):
+            connection.abort()
+        self._idle.clear()
 
 
 async def _connect(target: Target) -> asyncssh.SSHClientConnection:

@@ -164,16 +164,18 @@ class Server:
     async def _exec(
         self, request: p.VmExec, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
     ) -> None:
-        connection = await self._connections.get(self._service.target(request.vm))
-        writer.write(p.result({}))
-        terminal = (request.term, request.rows, request.cols) if request.tty else None
-        try:
-            await guest_exec.run(connection, request.argv, terminal=terminal, reader=reader, writer=writer)
-        except BangerError as error:
-            writer.write(guest_exec.frame(b"f", msgspec.json.encode(error.to_dict())))
-        except (ValueError, OverflowError) as error:  # msgspec's DecodeError, UnicodeError: a bad frame
-            bad = InvalidRequest(f"The frame is not valid: {error}")
-            writer.write(guest_exec.frame(b"f", msgspec.json.encode(bad.to_dict())))
+        async with self._connections.lease(self._service.target(request.vm)) as connection:
+            writer.write(p.result({}))
+            terminal = (request.term, request.rows, request.cols) if request.tty else None
+            try:
+                await guest_exec.run(
+                    connection, request.argv, terminal=terminal, reader=reader, writer=writer
+                )
+            except BangerError as error:
+                writer.write(guest_exec.frame(b"f", msgspec.json.encode(error.to_dict())))
+            except (ValueError, OverflowError) as error:  # msgspec's DecodeError, UnicodeError: a bad frame
+                bad = InvalidRequest(f"The frame is not valid: {error}")
+                writer.write(guest_exec.frame(b"f", msgspec.json.encode(bad.to_dict())))
         # What is left of this connection is frames: none of it may be taken for a request.
         await writer.drain()
         writer.close()

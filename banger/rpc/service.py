@@ -219,12 +219,14 @@ class Service:
             if active is not None:
                 raise WrongState(
                     f"{vm.spec.name} is not running yet: {active.kind} is under way.",
-                    hint=f"banger ops follow {active.id}",
+                    hint=f"`banger ops follow {active.id}`",
                     op=active.id,
                 )
-            raise WrongState(f"{vm.spec.name} is not running.", hint=f"banger vm start {vm.spec.name}")
+            raise WrongState(f"{vm.spec.name} is not running.", hint=f"`banger vm start {vm.spec.name}`")
         if not proc.alive(vm.process):
-            raise WrongState(f"The VMM of {vm.spec.name} has ended.", hint=f"banger vm start {vm.spec.name}")
+            raise WrongState(
+                f"The VMM of {vm.spec.name} has ended.", hint=f"`banger vm start {vm.spec.name}`"
+            )
         return ssh.Target(vm=vm.id, port=vm.ssh_port, paths=self.dirs.vm(vm.id), key=self.dirs.user_key)
 
     # -- images and kernels ------------------------------------------------------------------

@@ -99,7 +99,7 @@ def _delete(ctx: Ctx) -> None:
     if users:
         raise Busy(
             f"The {kind} {name} is used by {', '.join(users)}.",
-            hint=f"banger vm delete {' '.join(users)}",
+            hint=f"`banger vm delete {' '.join(users)}`",
         )
     store.delete(ctx.dirs.cache, kind, known.digest)
     deleted = ev.ArtifactDeleted(kind=ctx.args["kind"], name=name, digest=known.digest)

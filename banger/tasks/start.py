@@ -21,14 +21,14 @@ from banger.vmm.driver import Disk, Machine
 def _check_startable(ctx: Ctx) -> dict[str, Any]:
     vm = ctx.vm
     if vm.image_digest is None or vm.kernel_digest is None:
-        raise WrongState(f"{vm.spec.name} was never made whole.", hint=f"banger vm delete {vm.spec.name}")
+        raise WrongState(f"{vm.spec.name} was never made whole.", hint=f"`banger vm delete {vm.spec.name}`")
     if vm.state == "running" and vm.process is not None and proc.alive(vm.process):
         raise Finish
     for kind, digest in (("image", vm.image_digest), ("kernel", vm.kernel_digest)):
         if store.find(ctx.dirs.cache, kind, digest) is None:
             raise NotFound(
                 f"The {kind} that {vm.spec.name} was made from is no longer in the cache.",
-                hint=f"banger vm delete {vm.spec.name}",
+                hint=f"`banger vm delete {vm.spec.name}`",
             )
     return {"image_digest": vm.image_digest, "kernel_digest": vm.kernel_digest}
 

@@ -71,9 +71,10 @@ def _bury(ctx: Ctx) -> None:
     vm = ctx.vm
     if vm.process is not None and proc.alive(vm.process):
         raise Finish
-    report = ctx.world.vmm.crash_report(ctx.paths)
+    said = [line.strip() for line in ctx.world.vmm.crash_report(ctx.paths).splitlines() if line.strip()]
     _clean_up(ctx)
-    ctx.emit(ctx.vm_id, ev.VmStopped(reason=report or "its VMM ended by itself"))
+    last = f"; the last it said: {said[-1][:200]}" if said else ""
+    ctx.emit(ctx.vm_id, ev.VmStopped(reason=f"its VMM ended by itself{last}"))
 
 
 def _halt(ctx: Ctx) -> None:

@@ -25,17 +25,21 @@ Examples:
   banger vm exec -t web -- htop               with a terminal
   tar c . | banger vm exec web -- tar x       standard input goes too if it is no terminal""")  # fmt: skip
 @click.argument("vm", metavar="NAME")
+@click.argument("stray", nargs=-1, metavar="")
 @click.option("-t", "--tty", is_flag=True, help="Give the command a terminal, and your keys.")
 @click.option("-i", "--interactive", is_flag=True, help="Pass standard input on even if it is a terminal.")
 @click.pass_obj
-def exec_(out: Out, vm: str, tty: bool, interactive: bool, words: tuple[str, ...]) -> int:
+def exec_(
+    out: Out, vm: str, stray: tuple[str, ...], tty: bool, interactive: bool, words: tuple[str, ...]
+) -> int:
     """Run a command in a VM, its words exactly as typed.
 
     Its exit code is banger's; 128+n when it dies of signal n. Ctrl-C and SIGTERM go to the
     command; the third one leaves it alone and comes back.
     """
-    if not words:
-        raise click.UsageError("The command goes after --, as in `banger vm exec web -- ls -l`.", _here())
+    if stray or not words:
+        meant = shlex.join(stray) or "ls -l"
+        raise click.UsageError(f"The command goes after --, as in `banger vm exec {vm} -- {meant}`.", _here())
     if tty and not session.stdin_is_terminal():
         raise click.UsageError("-t needs a terminal on standard input.", _here())
     return execute(out, vm, words, tty=tty, interactive=interactive)

@@ -75,7 +75,7 @@ def why(out: Out, vm: str) -> None:
 def _story(reply: Json) -> Iterator[str]:
     op = reply["op"]
     if op is None:
-        yield f"Nothing has failed for {reply['name']}."
+        yield f"No operation has failed for {reply['name']}."
         if reply["reason"]:
             yield f"It is {reply['state']}: {reply['reason']}"
         return

@@ -83,7 +83,8 @@ def _gone_at_end(out: Out, daemon: wire.Connection, made: Json) -> Iterator[None
     try:
         yield
     except Detached as left:
-        left.hint = f"{made['name']} is being deleted; `banger ops list` shows it."
+        left.message = f"Interrupted; {made['name']} is being deleted."
+        left.hint = "`banger ops list` shows it."
         raise
     except BaseException:
         try:

@@ -44,7 +44,7 @@ def test_the_vms_of_an_earlier_moment(home: Home) -> None:
 
 def test_why_tells_the_last_failure(home: Home) -> None:
     """A failed start is told with its step, its error and what was undone; a well VM has none."""
-    assert "Nothing has failed" in home.banger("vm", "why", "web").stdout
+    assert "No operation has failed" in home.banger("vm", "why", "web").stdout
     assert home.banger("vm", "create", "sick", "--no-start", "--wait").returncode == 0
     vm = home.json("vm", "show", "sick")["vm"]
     (home.dirs.vm(vm["id"]).overlay).unlink()
