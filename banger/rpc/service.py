@@ -25,6 +25,7 @@ from banger.rpc import views
 from banger.rpc.names import random_name
 from banger.rpc.operations import Operations
 from banger.rpc.past import Past
+from banger.tasks import artifacts
 from banger.tasks.pipeline import Pipeline
 from banger.tasks.registry import pipelines
 from banger.tasks.vm import ONLY_MAKE
@@ -253,8 +254,7 @@ class Service:
         return {"op": joined or self.log.request(asked)}
 
     def _delete(self, kind: str, name: str) -> dict[str, Any]:
-        if queries.artifact(self.log, kind, name) is None:
-            raise NotFound(f"There is no {kind} named {name!r}.", hint=f"`banger {kind} list` shows them.")
+        artifacts.deletable(self.log, kind, name)
         pipeline: Pipeline = self._pipelines[f"{kind}.delete"]
         asked = pipeline.request(lane=f"{kind}:{name}", args={"kind": kind, "name": name}, name=name)
         return {"op": self.log.request(asked)}

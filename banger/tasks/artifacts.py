@@ -7,6 +7,7 @@ import msgspec
 from banger.errors import Busy, NotFound
 from banger.events import queries
 from banger.events import vocabulary as ev
+from banger.events.log import EventLog
 from banger.images import debian, store
 from banger.images import kernel as kernels
 from banger.model import Artifact, Resource
@@ -85,14 +86,14 @@ def _publish(ctx: Ctx, artifact: Artifact) -> None:
     ctx.emit(f"{artifact.kind}-{artifact.name}", published)
 
 
-def _delete(ctx: Ctx) -> None:
-    kind, name = str(ctx.args["kind"]), _name(ctx)
-    known = queries.artifact(ctx.log, kind, name)
+def deletable(log: EventLog, kind: str, name: str) -> str:
+    """Give the digest of an image or kernel that no VM uses. Raises NotFound, Busy."""
+    known = queries.artifact(log, kind, name)
     if known is None:
         raise NotFound(f"There is no {kind} named {name!r}.", hint=f"`banger {kind} list` shows them.")
     users = [
         vm.spec.name
-        for vm in queries.vms(ctx.log)
+        for vm in queries.vms(log)
         if known.digest in (vm.image_digest, vm.kernel_digest)
         or (vm.image_digest is None and name == getattr(vm.spec, kind))
     ]
@@ -101,8 +102,14 @@ def _delete(ctx: Ctx) -> None:
             f"The {kind} {name} is used by {', '.join(users)}.",
             hint=f"`banger vm delete {' '.join(users)}`",
         )
-    store.delete(ctx.dirs.cache, kind, known.digest)
-    deleted = ev.ArtifactDeleted(kind=ctx.args["kind"], name=name, digest=known.digest)
+    return known.digest
+
+
+def _delete(ctx: Ctx) -> None:
+    kind, name = str(ctx.args["kind"]), _name(ctx)
+    digest = deletable(ctx.log, kind, name)  # it may have come into use since it was asked for
+    store.delete(ctx.dirs.cache, kind, digest)
+    deleted = ev.ArtifactDeleted(kind=ctx.args["kind"], name=name, digest=digest)
     ctx.emit(f"{kind}-{name}", deleted)
 
 

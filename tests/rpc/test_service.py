@@ -10,7 +10,7 @@ import pytest
 
 from banger import proc
 from banger.config import Config, Dirs
-from banger.errors import AlreadyExists, DiskFull, TimedOut, WrongState
+from banger.errors import AlreadyExists, Busy, DiskFull, NotFound, TimedOut, WrongState
 from banger.events import queries, work
 from banger.events import vocabulary as ev
 from banger.events.fold import fold_op
@@ -216,3 +216,19 @@ def test_a_stuck_operation_is_given_up(service: Service, dirs: Dirs, log: EventL
     with pytest.raises(WrongState):
         service.answer(p.OpsAbandon(op=op))
     assert log.rebuild() == []
+
+
+def test_an_image_in_use_is_not_deleted(service: Service, log: EventLog) -> None:
+    """Refused with who uses it, before any operation is asked for; free again, it is asked for."""
+    running(log, proc.me())
+    with log.transaction() as tx:
+        published = ev.ArtifactPublished(kind="image", name="debian-12", digest="i", size_bytes=1, details={})
+        tx.append("image-debian-12", published)
+    with pytest.raises(Busy, match="is used by web"):
+        service.answer(p.ImageDelete(image="debian-12"))
+    assert queries.active_count(log) == 0
+    with log.transaction() as tx:
+        tx.append("vm-1", ev.VmDeleted())
+    assert service.answer(p.ImageDelete(image="debian-12"))["op"]
+    with pytest.raises(NotFound):
+        service.answer(p.ImageDelete(image="unheard-of"))
