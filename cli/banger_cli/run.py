@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,6 +19,7 @@ from banger_cli.output import Out
 from banger_cli.spec import CreatesWithWords, spec_line, spec_options
 
 Json = dict[str, Any]
+LOOK_S = 1.0
 
 
 @click.command("run", cls=CreatesWithWords, epilog="""\
@@ -81,7 +83,8 @@ def _gone_at_end(out: Out, daemon: wire.Connection, made: Json) -> Iterator[None
     """
     daemon.request("vm.tether", vm=made["vm"])
     try:
-        yield
+        with _tied(daemon, made["vm"]):
+            yield
     except Detached as left:
         left.message = f"Interrupted; {made['name']} is being deleted."
         left.hint = "`banger ops list` shows it."
@@ -93,6 +96,32 @@ def _gone_at_end(out: Out, daemon: wire.Connection, made: Json) -> Iterator[None
             out.warn(error)
         raise
     _delete(out, made)
+
+
+@contextlib.contextmanager
+def _tied(daemon: wire.Connection, vm: str) -> Iterator[None]:
+    """Tie the VM to the next daemon when this one dies: it gives us a while before it deletes.
+
+    An end of the daemon is no reason to start another: the user may have stopped it.
+    """
+    over = threading.Event()
+    watch = threading.Thread(target=_tie_again, args=(daemon, vm, over), daemon=True)
+    watch.start()
+    try:
+        yield
+    finally:
+        over.set()
+
+
+def _tie_again(daemon: wire.Connection, vm: str, over: threading.Event) -> None:
+    while not over.is_set():
+        if not daemon.wait_closed(LOOK_S):
+            continue
+        while not over.wait(LOOK_S):
+            with contextlib.suppress(BangerError):
+                daemon = wire.connect(start=False)
+                daemon.request("vm.tether", vm=vm)
+                break
 
 
 def _delete(out: Out, made: Json) -> None:

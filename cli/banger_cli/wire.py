@@ -92,7 +92,12 @@ class Connection:
 
     def wait_closed(self, timeout_s: float) -> bool:
         """Wait until the daemon has closed the connection; False when it has not in time."""
-        return bool(self._poll.poll(timeout_s * 1000)) and not self._sock.recv(1)
+        if not self._poll.poll(timeout_s * 1000):
+            return False
+        try:
+            return not self._sock.recv(1)
+        except OSError:
+            return True
 
     def _send(self, method: str, params: Json) -> None:
         self._method = method

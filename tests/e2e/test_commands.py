@@ -8,11 +8,13 @@ import random
 import re
 import signal
 import subprocess
+import time
 from typing import Any
 
 import pytest
 
 from banger import proc
+from banger.rpc.watch import GRACE_S
 from banger.testing.home import Home
 from tests.cli.conftest import Terminal
 from tests.e2e.conftest import readme_commands
@@ -367,3 +369,24 @@ def test_nothing_is_left_of_all_this(home: Home, web: str) -> None:
     assert home.leftovers() != [], "a VM that runs is seen"
     assert home.banger("vm", "delete", *home.banger("ps", "-aq").stdout.split()).returncode == 0
     assert home.leftovers() == []
+
+
+def test_a_shell_with_rm_outlives_the_daemon() -> None:
+    """The daemon dies and another starts: the VM is tied to that one, and still gone at the end."""
+    with Home() as home:
+        home.configure("memory_mib = 256\n")
+        terminal = in_terminal(home, "vm", "run", "--rm", "--name", "brief")
+        terminal.expect("root@brief")
+        daemon = home.daemon()
+        assert daemon is not None
+        died = proc.identify(daemon)
+        assert died is not None
+        proc.kill(died)
+        assert home.banger("ps", "-q").stdout == "brief\n"
+        # Longer than the new daemon waits for the clients of the old one.
+        time.sleep(GRACE_S + 2)
+        assert home.banger("ps", "-q").stdout == "brief\n"
+        terminal.type(b"exit\n")
+        assert terminal.end() == 0
+        assert home.banger("ps", "-aq").stdout == ""
+        assert home.leftovers() == []
