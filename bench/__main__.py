@@ -1,13 +1,19 @@
-"""Run every benchmark, or those named: `python -m bench [queue] [command_line] [boots]`."""
+"""Run every benchmark, or those named: `python -m bench [queue] [log] [idle] …`."""
 
 from __future__ import annotations
 
 import sys
 
-from bench import boots, command_line, queue
+from bench import boots, command_line, idle, log, queue
 from bench.figures import OUTPUT, Figures
 
-PARTS = {"queue": queue.measure, "command_line": command_line.measure, "boots": boots.measure}
+PARTS = {
+    "queue": queue.measure,
+    "log": log.measure,
+    "idle": idle.measure,
+    "command_line": command_line.measure,
+    "boots": boots.measure,
+}
 
 
 def main() -> None:
