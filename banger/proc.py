@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import secrets
 import select
 import shutil
 import signal
@@ -21,6 +22,7 @@ SEARCH_PATH = os.pathsep.join([os.environ.get("PATH") or os.defpath, "/usr/local
 ERROR_TAIL = 600
 CANCEL_LOOK_S = 0.5
 REAP_S = 5.0
+MARK = "BANGER_RUN"
 
 
 def which(program: str, package: str | None = None) -> str:
@@ -43,14 +45,18 @@ def run(
     stdin: bytes = b"",
     cancelled: Callable[[], bool] | None = None,
     umask: int = -1,
+    mark: str | None = None,
 ) -> str:
     """Run a program to its end and return its standard output.
 
-    The program gets its own session, so a timeout or a cancellation ends all of it.
+    The program gets its own session and a mark in its environment, so a timeout or a cancellation
+    ends all of it, also what it has put in the background; `end_marked(mark)` does so later, after
+    this process was killed.
     Raises HostLacks when it is not installed, ProgramFailed with the tail of its errors when it
     exits non-zero, TimedOut after `timeout_s` seconds, Cancelled when `cancelled()` turns true.
     """
     words = [os.fspath(word) for word in argv]
+    mark = mark or secrets.token_hex(8)
     # A worker that is killed must not leave it running beside the next attempt. The kernel ends it
     # with its parent: setpriv asks for that and becomes the program.
     child = subprocess.Popen(
@@ -58,7 +64,7 @@ def run(
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        env={**os.environ, "LC_ALL": "C.UTF-8", "PATH": SEARCH_PATH, **(env or {})},
+        env={**os.environ, "LC_ALL": "C.UTF-8", "PATH": SEARCH_PATH, MARK: mark, **(env or {})},
         start_new_session=True,
         umask=umask,
     )
@@ -66,6 +72,7 @@ def run(
         out, err = _converse(child, words[0], stdin, timeout_s, cancelled)
     except BaseException:
         _end_session(child)
+        end_marked(mark)
         raise
     finally:
         for pipe in (child.stdin, child.stdout, child.stderr):
@@ -259,6 +266,12 @@ def words(process: Process) -> str:
         )
     except OSError:
         return ""
+
+
+def end_marked(mark: str) -> None:
+    """SIGKILL every process that is left of a program that was run with this mark."""
+    for process in find_by_environ(MARK, mark):
+        kill(process)
 
 
 def find_by_environ(name: str, value: str) -> list[Process]:

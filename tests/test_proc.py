@@ -214,3 +214,11 @@ def test_a_program_ends_with_whoever_ran_it(tmp_path: Path) -> None:
         assert proc.wait_gone(program, 5.0)
     finally:
         proc.kill(program)
+
+
+def test_a_timeout_ends_what_went_to_the_background(tmp_path: Path) -> None:
+    """A daemon that the program started in a session of its own ends with it."""
+    script = "setsid --fork sleep 60; sleep 60"
+    with pytest.raises(TimedOut):
+        proc.run(["sh", "-c", script], timeout_s=0.5, mark=str(tmp_path))
+    assert proc.find_by_environ(proc.MARK, str(tmp_path)) == []

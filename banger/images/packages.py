@@ -60,6 +60,7 @@ def bootstrap(
                 timeout_s=TIMEOUT_S,
                 cancelled=cancelled,
                 umask=0o022,
+                mark=str(out.parent),
             )
         except ProgramFailed as error:
             raise _explained(error) from None

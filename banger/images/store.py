@@ -19,6 +19,7 @@ from typing import Literal, cast
 
 import msgspec
 
+from banger import proc
 from banger.errors import Cancelled, from_os_error
 from banger.model import Artifact
 
@@ -112,13 +113,19 @@ def sweep(cache: Path) -> None:
             lock = staging.with_name(f".{digest}.lock")
             with contextlib.suppress(BlockingIOError), _open_lock(lock) as fd:
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(staging, ignore_errors=True)
+                _remove(staging)
 
 
 def _sweep(parent: Path, digest: str) -> None:
     """Remove what dead builders of this digest left; the caller has its lock."""
     for staging in parent.glob(f"{_BUILDING}{digest}-*"):
-        shutil.rmtree(staging, ignore_errors=True)
+        _remove(staging)
+
+
+def _remove(staging: Path) -> None:
+    """Remove what a dead builder left, after the programs that it left (fakeroot's daemon, say)."""
+    proc.end_marked(str(staging))
+    shutil.rmtree(staging, ignore_errors=True)
 
 
 def _place(cache: Path, kind: str, digest: str) -> Path:

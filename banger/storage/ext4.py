@@ -98,7 +98,7 @@ def _mkfs(
         str(path), f"{size_mib}M",
     ]  # fmt: skip
     try:
-        proc.run(words, timeout_s=MKFS_TIMEOUT_S, cancelled=cancelled)
+        proc.run(words, timeout_s=MKFS_TIMEOUT_S, cancelled=cancelled, mark=str(path.parent))
     except ProgramFailed as error:
         if "No space left on device" in error.message:
             raise DiskFull(f"There is no space left on the disk for {path.parent}.") from None

@@ -1,10 +1,13 @@
 import errno
+import os
+import subprocess
 import threading
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from banger import proc
 from banger.errors import Cancelled, DiskFull
 from banger.images import store
 from banger.model import Artifact
@@ -103,3 +106,16 @@ def test_deleting_can_be_repeated(tmp_path: Path) -> None:
         store.delete(tmp_path, "image", DIGEST)
         assert store.find(tmp_path, "image", DIGEST) is None
     assert visible(tmp_path) == set()
+
+
+def test_what_a_dead_builder_ran_is_ended(tmp_path: Path) -> None:
+    """A sweep ends the programs that a killed builder left behind, with its directory."""
+    staging = tmp_path / "images" / f".building-{'0' * 64}-dead"
+    staging.mkdir(parents=True)
+    subprocess.run(
+        ["setsid", "--fork", "sleep", "60"], env={**os.environ, proc.MARK: str(staging)}, check=True
+    )
+    assert len(proc.find_by_environ(proc.MARK, str(staging))) == 1
+    store.sweep(tmp_path)
+    assert proc.find_by_environ(proc.MARK, str(staging)) == []
+    assert not staging.exists()
