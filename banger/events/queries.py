@@ -13,7 +13,7 @@ import msgspec
 
 from banger.errors import InvalidRequest, NotFound
 from banger.events import vocabulary as ev
-from banger.events.fold import Vm
+from banger.events.fold import Op, Vm, fold_op
 from banger.events.log import EventLog
 from banger.events.projections import vm_decoder
 from banger.events.tables import ArtifactRow, OpRow, ResourceRow, VmRow, WorkRow
@@ -84,6 +84,13 @@ def op(log: EventLog, op_id: str) -> OpSummary | None:
     """Find one operation by its whole id."""
     row = _one(log, OpRow.select().where(OpRow.op == op_id))
     return None if row is None else _summary(row)
+
+
+def whole_op(log: EventLog, op_id: str) -> Op:
+    """Fold one operation that exists from its events: its steps, facts and resources."""
+    whole = fold_op(log.read(stream=op_id))
+    assert whole is not None
+    return whole
 
 
 def find_op(log: EventLog, short: str) -> OpSummary:

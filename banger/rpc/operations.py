@@ -11,7 +11,6 @@ from banger.config import Dirs
 from banger.errors import NotFound, WrongState
 from banger.events import queries
 from banger.events import vocabulary as ev
-from banger.events.fold import Op, fold_op
 from banger.events.log import EventLog
 from banger.rpc import protocol as p
 from banger.rpc import views
@@ -50,7 +49,7 @@ class Operations:
 
     def _show(self, request: p.OpsShow) -> dict[str, Any]:
         summary = queries.find_op(self._log, request.op)
-        return {"op": views.op(summary, self._whole(summary.id))}
+        return {"op": views.op(summary, queries.whole_op(self._log, summary.id))}
 
     def _cancel(self, request: p.OpsCancel) -> dict[str, Any]:
         op = queries.find_op(self._log, request.op)
@@ -68,14 +67,9 @@ class Operations:
             case fate:
                 raise WrongState(f"{summary.id} {'goes on' if fate is None else 'is done'}.", op=summary.id)
 
-    def _whole(self, op_id: str) -> Op:
-        op = fold_op(self._log.read(stream=op_id))
-        assert op is not None
-        return op
-
     def _reopen(self, op_id: str) -> str:
         """Go on with a stuck operation from the step it stuck at; finished steps are not done again."""
-        op = self._whole(op_id)
+        op = queries.whole_op(self._log, op_id)
         one_way = {step.name for step in self._pipelines[op.kind].steps if step.forward_only}
         back = not any(step.touched and step.name in one_way for step in op.steps)
         with self._log.transaction(durable=True) as tx:
@@ -85,7 +79,7 @@ class Operations:
 
     def _ask_anew(self, op_id: str) -> str:
         """Ask again for what an operation that left nothing was asked for."""
-        op = self._whole(op_id)
+        op = queries.whole_op(self._log, op_id)
         if op.kind == "vm.create":
             asked = next(r.event for r in self._log.read(op=op_id) if isinstance(r.event, ev.VmReserved))
             again = self._create(asked.spec, start=bool(op.args.get("start", True)))

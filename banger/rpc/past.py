@@ -8,7 +8,7 @@ from typing import Any
 
 from banger.errors import NotFound
 from banger.events import queries
-from banger.events.fold import Vm, apply_vm, fold_op
+from banger.events.fold import Vm, apply_vm
 from banger.events.log import EventLog
 from banger.rpc import protocol as p
 from banger.rpc import views
@@ -64,9 +64,7 @@ class Past:
             "op": None,
         }
         if failed is not None:
-            whole = fold_op(self._log.read(stream=failed.id))
-            assert whole is not None
-            answer["op"] = views.op(failed, whole)
+            answer["op"] = views.op(failed, queries.whole_op(self._log, failed.id))
         return answer
 
     def _vms_at(self, request: p.VmListAt) -> dict[str, Any]:

@@ -17,7 +17,7 @@ import structlog
 from banger import log as logging
 from banger.errors import BangerError, InvalidRequest, WrongState
 from banger.events import queries
-from banger.events.fold import fold_op
+from banger.events.vocabulary import Recorded
 from banger.guest.connections import Connections
 from banger.rpc import exec as guest_exec
 from banger.rpc import protocol as p
@@ -115,16 +115,13 @@ class Server:
 
     async def _events_tail(self, request: p.EventsTail, writer: asyncio.StreamWriter) -> None:
         async for row in self._tail.everything(request.after):
-            writer.write(msgspec.json.encode({"event": views.event(row)}) + b"\n")
-            await writer.drain()
+            await _tell(writer, row)
 
     async def _follow(self, request: p.OpsFollow, writer: asyncio.StreamWriter) -> None:
         summary = queries.find_op(self._service.log, request.op)
         async for row in self._tail.follow(summary.id, request.after):
-            writer.write(msgspec.json.encode({"event": views.event(row)}) + b"\n")
-            await writer.drain()
-        op = fold_op(self._service.log.read(stream=summary.id))
-        assert op is not None
+            await _tell(writer, row)
+        op = queries.whole_op(self._service.log, summary.id)
         assert op.ended_boot_us is not None
         writer.write(
             p.result(
@@ -191,6 +188,12 @@ class Server:
             writer.write(p.result({}))
             await writer.drain()
             await reader.read()
+
+
+async def _tell(writer: asyncio.StreamWriter, row: Recorded) -> None:
+    """Send one event, and wait for a client that reads slowly."""
+    writer.write(msgspec.json.encode({"event": views.event(row)}) + b"\n")
+    await writer.drain()
 
 
 async def _while_there(writer: asyncio.StreamWriter, streaming: Coroutine[None, None, None]) -> None:

@@ -16,7 +16,6 @@ from banger.tasks.context import Ctx
 from banger.tasks.pipeline import Pipeline, Step
 from banger.vmm.driver import MARK_VM
 
-_VM_FILES = ("overlay.ext4", "work.ext4", "initrd")
 _SOCKETS = (".qmp", ".agent")
 
 
@@ -76,9 +75,10 @@ def on_host(dirs: Dirs) -> Iterator[Resource]:
     """List what there is on the host that only banger makes, for this owner."""
     for directory in (dirs.state / "vms").iterdir():
         yield Resource(kind="directory", id=str(directory))
-        for name in _VM_FILES:
-            if (directory / name).exists():
-                yield Resource(kind="file", id=str(directory / name))
+        paths = dirs.vm(directory.name)
+        for file in (paths.overlay, paths.work, paths.initrd):
+            if file.exists():
+                yield Resource(kind="file", id=str(file))
     for path in dirs.runtime.iterdir():
         if path.suffix in _SOCKETS:
             yield Resource(kind="socket", id=str(path))

@@ -36,7 +36,7 @@ class World:
 
         Raises HostLacks when the configured one does not work here.
         """
-        return accelerator.choose(self.config.accelerator, self.dirs.state / "accelerator.json")
+        return accelerator.choose(self.config.accelerator, self.dirs.accelerator)
 
     @functools.cached_property
     def vmm(self) -> Vmm:

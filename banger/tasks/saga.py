@@ -19,7 +19,7 @@ from banger import log as logging
 from banger.errors import BangerError, Cancelled, Fenced, from_os_error
 from banger.events import queries, work
 from banger.events import vocabulary as ev
-from banger.events.fold import Op, apply_op, fold_op
+from banger.events.fold import apply_op
 from banger.events.log import EventLog, Tx
 from banger.model import Resource
 from banger.tasks.context import Ctx, World
@@ -49,14 +49,12 @@ class Saga:
     """One operation in the hands of the worker that claimed it."""
 
     def __init__(self, log: EventLog, pipelines: Mapping[str, Pipeline], world: World, claim: work.Claim):
-        op = fold_op(log.read(stream=claim.op))
-        assert op is not None
-        self.op: Op = op
+        self.op = queries.whole_op(log, claim.op)
         self._log = log
         self._pipelines = pipelines
         self._world = world
         self._claim = claim
-        self._say = logging.get(op=claim.op, kind=op.kind)
+        self._say = logging.get(op=claim.op, kind=self.op.kind)
 
     def advance(self) -> None:
         """Go on until the operation ends, parks or waits for another attempt.
@@ -88,7 +86,7 @@ class Saga:
                 self._append(tx, ev.OpEnded(fate="done"))
                 return None
             if cancel and not self._past_return():
-                self._turn_back(tx, Cancelled())
+                self._append(tx, ev.OpUndoing(error=Cancelled().to_dict()))
             else:
                 turn = self._start(tx, index)
                 if turn is not None:
@@ -153,14 +151,9 @@ class Saga:
 
     def _give_up(self, tx: Tx, error: BangerError) -> None:
         """After the last attempt at a step: turn back, or stick where there is no way back."""
-        if self._past_return():
-            self._append(tx, ev.OpUndoing(error=error.to_dict()))
-            self._stuck(tx)
-        else:
-            self._turn_back(tx, error)
-
-    def _turn_back(self, tx: Tx, error: BangerError) -> None:
         self._append(tx, ev.OpUndoing(error=error.to_dict()))
+        if self._past_return():
+            self._stuck(tx)
 
     def _stuck(self, tx: Tx) -> None:
         """End the operation as stuck; what failed on the way back is joined to the first error."""
