@@ -176,7 +176,18 @@ class Config(Value):
     nat: bool = False
     accelerator: str = "auto"
     workers: int | None = None
+    capacity_memory_mib: int | None = None
+    capacity_vcpu: int | None = None
     ready_timeout_s: float = 60.0
+
+
+class Capacity(Value):
+    """How much of the host VMs may have together; `disk` is the directory whose free space counts."""
+
+    memory_mib: int
+    vcpu: int
+    disk: Path
+    disk_reserve_mib: int = 256
 
 
 class Size(Value):
@@ -220,6 +231,19 @@ def host_memory_mib() -> int:
 def host_cpus() -> int:
     """Give the number of CPUs this process may use."""
     return len(os.sched_getaffinity(0))
+
+
+VCPU_PER_CPU = 16
+"""Guests are idle most of the time; 16 is also what OpenStack's scheduler allows by default."""
+
+
+def capacity(config: Config, dirs: Dirs) -> Capacity:
+    """Resolve what VMs may have together: nine tenths of the RAM, and 16 virtual CPUs for each CPU."""
+    return Capacity(
+        memory_mib=config.capacity_memory_mib or host_memory_mib() * 9 // 10,
+        vcpu=config.capacity_vcpu or host_cpus() * VCPU_PER_CPU,
+        disk=dirs.state,
+    )
 
 
 def sizes(config: Config) -> Sizes:

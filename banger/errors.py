@@ -150,6 +150,31 @@ class GuestUnreachable(BangerError):
     exit_code = 9
 
 
+class LogDamaged(BangerError):
+    """The event log is not what was written."""
+
+    code = "log-damaged"
+    default_hint = (
+        "Nothing is written to it any more. `banger events verify` names the first bad row, and"
+        " `banger daemon start --read-only` shows what there is."
+    )
+
+
+class LogTooNew(BangerError):
+    """The event log was written by a newer version of banger."""
+
+    code = "log-too-new"
+    default_hint = "Use that version again: an older one would misread what it wrote."
+
+
+class ReadOnly(BangerError):
+    """The daemon only reads: it was started with --read-only."""
+
+    code = "read-only"
+    exit_code = 4
+    default_hint = "`banger daemon stop` ends it; the next command starts one that writes."
+
+
 class Fenced(BangerError):
     """Another worker has taken this operation over; nothing more may be recorded here."""
 

@@ -22,13 +22,15 @@ class Value(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 
 
 class Process(Value):
-    """A process, told apart from a later one with the same pid by its start time.
+    """A process, told apart from a later one with the same pid by its start time and the host's boot.
 
-    `start_ticks` is field 22 of /proc/PID/stat: clock ticks since boot (proc(5)).
+    `start_ticks` is field 22 of /proc/PID/stat: clock ticks since boot (proc(5)). `boot_id` is the
+    beginning of /proc/sys/kernel/random/boot_id (random(4)); empty where it was not recorded.
     """
 
     pid: int
     start_ticks: int
+    boot_id: str
 
 
 class Resource(Value):
@@ -36,6 +38,14 @@ class Resource(Value):
 
     kind: Literal["name", "directory", "file", "port", "process", "socket", "artifact"]
     id: str
+
+
+class Needs(Value):
+    """What an operation needs of the host's capacity before it may begin, in MiB and virtual CPUs."""
+
+    memory_mib: int = 0
+    vcpu: int = 0
+    disk_mib: int = 0
 
 
 class VmSpec(Value):

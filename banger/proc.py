@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import secrets
 import select
@@ -176,7 +177,13 @@ def identify(pid: int) -> Process | None:
     fields = stat[stat.rindex(")") + 2 :].split()
     if fields[0] in "ZX":
         return None
-    return Process(pid=pid, start_ticks=int(fields[19]))
+    return Process(pid=pid, start_ticks=int(fields[19]), boot_id=boot_id())
+
+
+@functools.cache
+def boot_id() -> str:
+    """Name this boot of the host: the first eight hex digits of its boot id (random(4))."""
+    return Path("/proc/sys/kernel/random/boot_id").read_text("ascii")[:8]
 
 
 def me() -> Process:
@@ -194,7 +201,15 @@ def age_s(process: Process) -> float:
 
 def alive(process: Process) -> bool:
     """Tell whether exactly this process, not a later one with its pid, still runs."""
-    return identify(process.pid) == process
+    found = identify(process.pid)
+    return found is not None and same(found, process)
+
+
+def same(one: Process, other: Process) -> bool:
+    """Tell whether two identities name one process; an unrecorded boot (schema 1) fits any."""
+    return (one.pid, one.start_ticks) == (other.pid, other.start_ticks) and (
+        one.boot_id == other.boot_id or not (one.boot_id and other.boot_id)
+    )
 
 
 @contextlib.contextmanager

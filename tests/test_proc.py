@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from banger import proc
@@ -140,7 +141,7 @@ def identity(child: subprocess.Popen[bytes]) -> Process:
 def test_a_process_is_more_than_its_pid(sleeper: subprocess.Popen[bytes]) -> None:
     """A process is itself, and not another one that has its pid."""
     process = identity(sleeper)
-    later = Process(pid=process.pid, start_ticks=process.start_ticks + 1)
+    later = msgspec.structs.replace(process, start_ticks=process.start_ticks + 1)
     assert proc.alive(process)
     assert not proc.alive(later)
     proc.kill(later)

@@ -5,8 +5,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Literal
+from collections.abc import Callable, Iterable
+from copy import copy
+from typing import Any, Literal
 
 import msgspec
 
@@ -17,8 +18,8 @@ from banger.model import Process, Resource, VmSpec
 StepState = Literal["pending", "started", "done", "failed", "undone"]
 
 
-class Step(msgspec.Struct, frozen=True, kw_only=True):
-    """One step of an operation; times are CLOCK_BOOTTIME microseconds."""
+class Step(msgspec.Struct, kw_only=True):
+    """One step of an operation; times are CLOCK_BOOTTIME microseconds. Only the fold writes to it."""
 
     name: str
     title: str
@@ -37,8 +38,8 @@ class Step(msgspec.Struct, frozen=True, kw_only=True):
         return self.state in ("started", "done", "failed")
 
 
-class Op(msgspec.Struct, frozen=True, kw_only=True):
-    """One operation, as its events tell it."""
+class Op(msgspec.Struct, kw_only=True):
+    """One operation, as its events tell it. Only the fold writes to it, and to a copy of its own."""
 
     id: str
     kind: str
@@ -46,7 +47,8 @@ class Op(msgspec.Struct, frozen=True, kw_only=True):
     lane: str
     vm: str | None
     name: str | None
-    steps: tuple[Step, ...]
+    parent: str | None
+    steps: list[Step]
     requested_us: int
     state: Literal["waiting", "running", "undoing", "ended"] = "waiting"
     epoch: int = 0
@@ -54,6 +56,7 @@ class Op(msgspec.Struct, frozen=True, kw_only=True):
     undoing: bool = False
     complete: bool = False
     parked_on: str | None = None
+    waits_for: str | None = None
     last_child: str | None = None
     error: ev.Error | None = None
     undo_errors: tuple[ev.Error, ...] = ()
@@ -62,6 +65,11 @@ class Op(msgspec.Struct, frozen=True, kw_only=True):
     ended_us: int | None = None
     ended_boot_us: int | None = None
     resources: dict[str, tuple[Resource, str, str]] = {}
+
+    def copy(self) -> Op:
+        """Give one that can be folded on without changing this one."""
+        steps = [copy(step) for step in self.steps]
+        return msgspec.structs.replace(self, steps=steps, resources=dict(self.resources))
 
     @property
     def facts(self) -> ev.Facts:
@@ -101,111 +109,149 @@ class Vm(msgspec.Struct, frozen=True, kw_only=True):
     reason: str | None = None
 
 
-def _with_step(op: Op, index: int, **changes: object) -> Op:
-    step = msgspec.structs.replace(op.steps[index], **changes)
-    return _replace(op, steps=(*op.steps[:index], step, *op.steps[index + 1 :]))
+Handler = Callable[[Op, Recorded, Any], None]
 
 
-def _reopened(op: Op, *, back: bool) -> Op:
-    """Forget how it ended; the step that it stuck at has all its attempts again."""
-    op = _replace(
-        op,
-        state="waiting",
-        undoing=back,
-        cancelled=False,
-        fate=None,
-        error=op.error if back else None,
-        undo_errors=(),
-        ended_us=None,
-        ended_boot_us=None,
+def _requested(row: Recorded, event: ev.OpRequested) -> Op:
+    return Op(
+        id=row.stream,
+        kind=event.kind,
+        args=event.args,
+        lane=event.lane,
+        vm=event.vm,
+        name=event.name,
+        parent=event.parent,
+        steps=[Step(name=name, title=title) for name, title in zip(event.steps, event.titles, strict=True)],
+        requested_us=row.time_us,
+        started_boot_us=row.boot_us,
     )
-    index = op.next_undo() if back else op.next_step()
-    return op if index is None else _with_step(op, index, attempts=0, undo_attempts=0)
 
 
-def _uncount(op: Op) -> Op:
+def _step_started(op: Op, row: Recorded, event: ev.StepStarted) -> None:
+    step = op.steps[event.step]
+    step.state, step.attempts, step.started_us = "started", event.attempt, row.boot_us
+
+
+def _step_done(op: Op, _: Recorded, event: ev.StepDone) -> None:
+    step = op.steps[event.step]
+    step.state, step.seconds, step.facts, step.error = "done", event.seconds, event.facts, None
+    op.complete, op.last_child = event.last, None
+
+
+def _step_failed(op: Op, _: Recorded, event: ev.StepFailed) -> None:
+    step = op.steps[event.step]
+    step.state, step.error = "failed", event.error
+
+
+def _undo_started(op: Op, _: Recorded, event: ev.UndoStarted) -> None:
+    op.steps[event.step].undo_attempts = event.attempt
+
+
+def _undo_done(op: Op, _: Recorded, event: ev.UndoDone) -> None:
+    step = op.steps[event.step]
+    step.state, step.undo_seconds = "undone", event.seconds
+
+
+def _undo_failed(op: Op, _: Recorded, event: ev.UndoFailed) -> None:
+    op.undo_errors = (*op.undo_errors, event.error)
+
+
+def _intended(op: Op, _: Recorded, event: ev.ResourceIntended) -> None:
+    _put(op, event, "intended")
+
+
+def _held(op: Op, _: Recorded, event: ev.ResourceHeld) -> None:
+    _put(op, event, "held")
+
+
+def _released(op: Op, _: Recorded, event: ev.ResourceReleased) -> None:
+    _put(op, event, "released")
+
+
+def _put(op: Op, event: ev.ResourceIntended | ev.ResourceHeld | ev.ResourceReleased, state: str) -> None:
+    resource = event.resource
+    op.resources[f"{resource.kind}:{resource.id}"] = (resource, state, event.step)
+
+
+def _claimed(op: Op, _: Recorded, event: ev.OpClaimed) -> None:
+    op.state = "undoing" if op.undoing else "running"
+    op.epoch, op.parked_on, op.waits_for = event.epoch, None, None
+
+
+def _interrupted(op: Op, _: Recorded, event: ev.OpInterrupted) -> None:
+    op.state = "waiting"
+    if event.graceful:
+        _uncount(op)
+
+
+def _parked(op: Op, _: Recorded, event: ev.OpParked) -> None:
+    _uncount(op)
+    op.state, op.parked_on, op.last_child, op.waits_for = "waiting", event.on, event.on, event.reason
+
+
+def _waiting(op: Op, _: Recorded, event: ev.OpWaiting) -> None:
+    op.waits_for = event.reason
+
+
+def _cancel_requested(op: Op, _: Recorded, __: ev.OpCancelRequested) -> None:
+    op.cancelled = True
+
+
+def _undoing(op: Op, _: Recorded, event: ev.OpUndoing) -> None:
+    op.undoing, op.state, op.error = True, "undoing", event.error
+
+
+def _ended(op: Op, row: Recorded, event: ev.OpEnded) -> None:
+    op.state, op.fate, op.error, op.waits_for = "ended", event.fate, event.error, None
+    op.ended_us, op.ended_boot_us = row.time_us, row.boot_us
+
+
+def _reopened(op: Op, _: Recorded, event: ev.OpReopened) -> None:
+    """Forget how it ended; the step that it stuck at has all its attempts again."""
+    op.state, op.undoing, op.cancelled, op.fate = "waiting", event.back, False, None
+    op.error = op.error if event.back else None
+    op.undo_errors, op.ended_us, op.ended_boot_us = (), None, None
+    index = op.next_undo() if event.back else op.next_step()
+    if index is not None:
+        op.steps[index].attempts = op.steps[index].undo_attempts = 0
+
+
+def _abandoned(op: Op, _: Recorded, __: ev.OpAbandoned) -> None:
+    op.fate = "abandoned"
+
+
+def _uncount(op: Op) -> None:
     """Take back one attempt: neither waiting for another operation nor a worker's stop is a failure."""
     index = op.next_undo() if op.undoing else op.next_step()
     if index is None:
-        return op
+        return
     step = op.steps[index]
     if op.undoing:
-        return _with_step(op, index, undo_attempts=max(0, step.undo_attempts - 1))
-    if step.state != "started":
-        return op
-    return _with_step(op, index, attempts=max(0, step.attempts - 1))
+        step.undo_attempts = max(0, step.undo_attempts - 1)
+    elif step.state == "started":
+        step.attempts = max(0, step.attempts - 1)
 
 
-def _replace(op: Op, **changes: object) -> Op:
-    return msgspec.structs.replace(op, **changes)
-
-
-def _with_resource(op: Op, resource: Resource, state: str, step: str) -> Op:
-    key = f"{resource.kind}:{resource.id}"
-    return _replace(op, resources={**op.resources, key: (resource, state, step)})
-
-
-def apply_op(op: Op | None, row: Recorded) -> Op | None:
-    """Apply one event of an operation's stream."""
-    event = row.event
-    if isinstance(event, ev.OpRequested):
-        return Op(
-            id=row.stream,
-            kind=event.kind,
-            args=event.args,
-            lane=event.lane,
-            vm=event.vm,
-            name=event.name,
-            steps=tuple(
-                Step(name=name, title=title) for name, title in zip(event.steps, event.titles, strict=True)
-            ),
-            requested_us=row.time_us,
-            started_boot_us=row.boot_us,
-        )
-    if op is None:
-        return None
-    match event:
-        case ev.StepStarted(step=i, attempt=attempt):
-            return _with_step(op, i, state="started", attempts=attempt, started_us=row.boot_us)
-        case ev.StepDone(step=i, seconds=seconds, facts=facts, last=last):
-            op = _with_step(op, i, state="done", seconds=seconds, facts=facts, error=None)
-            return _replace(op, complete=last, last_child=None)
-        case ev.StepFailed(step=i, error=error):
-            return _with_step(op, i, state="failed", error=error)
-        case ev.UndoStarted(step=i, attempt=attempt):
-            return _with_step(op, i, undo_attempts=attempt)
-        case ev.UndoDone(step=i, seconds=seconds):
-            return _with_step(op, i, state="undone", undo_seconds=seconds)
-        case ev.UndoFailed(error=error):
-            return _replace(op, undo_errors=(*op.undo_errors, error))
-        case ev.ResourceIntended(resource=resource, step=step):
-            return _with_resource(op, resource, "intended", step)
-        case ev.ResourceHeld(resource=resource, step=step):
-            return _with_resource(op, resource, "held", step)
-        case ev.ResourceReleased(resource=resource, step=step):
-            return _with_resource(op, resource, "released", step)
-        case ev.OpClaimed(epoch=epoch):
-            state = "undoing" if op.undoing else "running"
-            return _replace(op, state=state, epoch=epoch, parked_on=None)
-        case ev.OpInterrupted(graceful=graceful):
-            op = _replace(op, state="waiting")
-            return _uncount(op) if graceful else op
-        case ev.OpParked(on=on):
-            return _replace(_uncount(op), state="waiting", parked_on=on, last_child=on)
-        case ev.OpCancelRequested():
-            return _replace(op, cancelled=True)
-        case ev.OpUndoing(error=error):
-            return _replace(op, undoing=True, state="undoing", error=error)
-        case ev.OpEnded(fate=fate, error=error):
-            return _replace(
-                op, state="ended", fate=fate, error=error, ended_us=row.time_us, ended_boot_us=row.boot_us
-            )
-        case ev.OpReopened(back=back):
-            return _reopened(op, back=back)
-        case ev.OpAbandoned():
-            return _replace(op, fate="abandoned")
-        case _:
-            return op
+_HANDLERS: dict[type[ev.Event], Handler] = {
+    ev.StepStarted: _step_started,
+    ev.StepDone: _step_done,
+    ev.StepFailed: _step_failed,
+    ev.UndoStarted: _undo_started,
+    ev.UndoDone: _undo_done,
+    ev.UndoFailed: _undo_failed,
+    ev.ResourceIntended: _intended,
+    ev.ResourceHeld: _held,
+    ev.ResourceReleased: _released,
+    ev.OpClaimed: _claimed,
+    ev.OpInterrupted: _interrupted,
+    ev.OpParked: _parked,
+    ev.OpWaiting: _waiting,
+    ev.OpCancelRequested: _cancel_requested,
+    ev.OpUndoing: _undoing,
+    ev.OpEnded: _ended,
+    ev.OpReopened: _reopened,
+    ev.OpAbandoned: _abandoned,
+}
 
 
 def apply_vm(vm: Vm | None, row: Recorded) -> Vm | None:
@@ -250,10 +296,16 @@ def apply_vm(vm: Vm | None, row: Recorded) -> Vm | None:
 
 
 def fold_op(rows: Iterable[Recorded], start: Op | None = None) -> Op | None:
-    """Fold the events of one operation's stream; None when there are none."""
+    """Fold the events of one operation's stream; None when there are none. `start` stays as it is."""
+    op = None if start is None else start.copy()
     for row in rows:
-        start = apply_op(start, row)
-    return start
+        event = row.event
+        handler = _HANDLERS.get(type(event))
+        if handler is not None and op is not None:
+            handler(op, row, event)
+        elif isinstance(event, ev.OpRequested):
+            op = _requested(row, event)
+    return op
 
 
 def fold_vm(rows: Iterable[Recorded], start: Vm | None = None) -> Vm | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import functools
 import hashlib
 import itertools
 import os
@@ -19,21 +20,20 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-from peewee import SqliteDatabase
 
-from banger.errors import DiskFull
-from banger.events import tables
+from banger.errors import DiskFull, LogDamaged, ReadOnly
+from banger.events import database
 from banger.events import vocabulary as ev
 from banger.events.bell import Bell
 from banger.events.projections import project
+from banger.events.upcast import upcast
 from banger.events.vocabulary import Actor, Event, Recorded
 
 _encoder = msgspec.json.Encoder()
 _decoder = msgspec.json.Decoder(ev.AnyEvent)
 _actor_decoder = msgspec.json.Decoder(Actor)
 
-COLUMNS = "seq, stream, version, op, data, actor, time_us, boot_us"
-NO_HASH = b"\0" * 32
+COLUMNS = "seq, stream, version, op, type, schema, data, actor, time_us, boot_us"
 _CROCKFORD = "0123456789abcdefghjkmnpqrstvwxyz"
 _EPOCH_MS = 1_735_689_600_000  # 2025-01-01: 40 bits of milliseconds last until 2059
 
@@ -58,14 +58,13 @@ def row_hash(prev: bytes, row: tuple[Any, ...]) -> bytes:
 class Tx:
     """One transaction on the log, held by `EventLog.transaction`."""
 
-    def __init__(self, db: sqlite3.Connection, actor: str):
-        self.db = db
+    def __init__(self, log: EventLog, actor: str):
+        self.log = log
+        self.db = db = log.db
         self.recorded: list[Recorded] = []
         self.work_ready = False
         self._actor = actor
-        last = db.execute("SELECT seq, hash FROM event ORDER BY seq DESC LIMIT 1").fetchone()
-        self._seq: int = last[0] if last else 0
-        self._hash: bytes = last[1] if last else NO_HASH
+        self._seq, self._hash = database.head(db)
 
     def mint(self, prefix: str) -> str:
         """Make an id that no stream has ever had, also when the clock was set back."""
@@ -99,7 +98,7 @@ class Tx:
             version=version,
             op=op,
             event=event,  # type: ignore[arg-type]  # every Event subclass is in the union
-            actor=_actor_decoder.decode(self._actor),
+            actor=_actor(self._actor),
             time_us=time_us,
             boot_us=now_us,
         )
@@ -108,27 +107,55 @@ class Tx:
         self.recorded.append(recorded)
         return recorded
 
+    def rebuild(self) -> None:
+        """Throw the projections away and make them again from the log."""
+        for name in database.WATCHED:
+            self.db.execute(f"DELETE FROM {name}")  # noqa: S608  our own names
+        for row in self.db.execute(f"SELECT {COLUMNS} FROM event ORDER BY seq"):  # noqa: S608
+            project(self.db, decode(row))
+        database.recount(self.db)
+        self.work_ready = True
+
+    def mend(self) -> bool:
+        """Make the projections again if something else has deleted rows of them; True if so."""
+        if not database.missing(self.db):
+            return False
+        self.rebuild()
+        return True
+
+    def close(self) -> None:
+        """Write down where the log ends."""
+        if self.recorded:
+            database.note_head(self.db, self._seq, self._hash)
+
 
 class EventLog:
     """The log of one owner, opened by one process.
 
-    Give each process its own: an SQLite connection does not survive a fork.
+    Give each process its own: an SQLite connection does not survive a fork. Opening it makes the
+    tables, and makes the projections anew where another version's are found.
+    Raises LogDamaged, LogTooNew.
     """
 
-    def __init__(self, database: Path, work_bell: Path, event_bell: Path, role: str):
-        self.path = database
+    def __init__(self, path: Path, work_bell: Path, event_bell: Path, role: str, *, read_only: bool = False):
+        self.path = path
+        self.read_only = read_only
         self.work_bell = Bell(work_bell)
         self.event_bell = Bell(event_bell)
         self._actor = _encoder.encode(Actor(uid=os.getuid(), pid=os.getpid(), role=role)).decode()
-        self._lock = os.open(f"{database}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        self.peewee = SqliteDatabase(
-            str(database),
-            pragmas={"journal_mode": "wal", "synchronous": "normal", "busy_timeout": 10_000},
-        )
-        self.peewee.connect()
+        self._lock = os.open(f"{path}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        self.peewee = database.connect(path, read_only=read_only)
         self.db: sqlite3.Connection = self.peewee.connection()  # type: ignore[no-untyped-call]
-        with self._locked(), self.peewee.bind_ctx(tables.TABLES):
-            self.peewee.create_tables(tables.TABLES)
+        if not read_only:
+            self._prepare()
+        database.check_schema(self.db)
+
+    def _prepare(self) -> None:
+        with self._written():
+            stale = database.prepare(self.peewee, self.db)
+            database.watch(self.db)
+            if stale:
+                Tx(self, self._actor).rebuild()
 
     def close(self) -> None:
         """Close the database and the bells."""
@@ -151,25 +178,51 @@ class EventLog:
 
         `durable` waits for the disk (synchronous=FULL): for what acknowledges a request or ends
         an operation. Without it a power cut, but no crash of a process, may take the last appends.
-        Raises DiskFull; whatever the block raises rolls everything back.
+        What is decided durably is decided on whole projections: rows that something else deleted
+        are made again first. Raises DiskFull, LogDamaged, ReadOnly; whatever the block raises rolls
+        everything back.
         """
-        with self._locked():
-            try:
-                self.db.execute(f"PRAGMA synchronous = {'FULL' if durable else 'NORMAL'}")
-                self.db.execute("BEGIN IMMEDIATE")
-                tx = Tx(self.db, self._actor)
-                yield tx
-                self.db.execute("COMMIT")
-            except BaseException as error:
-                if self.db.in_transaction:
-                    self.db.execute("ROLLBACK")
-                if isinstance(error, sqlite3.OperationalError) and "full" in str(error):
-                    raise DiskFull("The event log cannot grow: the disk is full.") from error
-                raise
+        with self._written(durable=durable):
+            tx = Tx(self, self._actor)
+            if durable:
+                tx.mend()
+            yield tx
+            tx.close()
         if tx.recorded:
             self.event_bell.ring()
         if tx.work_ready:
             self.work_bell.ring()
+
+    @contextlib.contextmanager
+    def _written(self, *, durable: bool = False) -> Iterator[None]:
+        """Hold the writers' lock and an SQLite transaction; commit it at the end of the block."""
+        if self.read_only:
+            raise ReadOnly
+        with self._locked():
+            try:
+                self.db.execute(f"PRAGMA synchronous = {'FULL' if durable else 'NORMAL'}")
+                self.db.execute("BEGIN IMMEDIATE")
+                yield
+                self.db.execute("COMMIT")
+            except BaseException as error:
+                with contextlib.suppress(sqlite3.DatabaseError):
+                    if self.db.in_transaction:
+                        self.db.execute("ROLLBACK")
+                if isinstance(error, sqlite3.OperationalError) and "full" in str(error):
+                    raise DiskFull("The event log cannot grow: the disk is full.") from error
+                if type(error) is sqlite3.DatabaseError:
+                    raise LogDamaged(f"{self.path} cannot be read: {error}.") from error
+                raise
+
+    def mend(self) -> bool:
+        """Make the projections again if rows of them have gone missing; True if so."""
+        if not database.missing(self.db, database.WATCHED):
+            return False
+        with self.transaction() as tx:
+            if not database.missing(self.db, database.WATCHED):
+                return False
+            tx.rebuild()
+            return True
 
     def request(self, event: ev.OpRequested, *also: tuple[str, Event]) -> str:
         """Record a request and return its new op id; `also` is appended in the same transaction."""
@@ -233,31 +286,38 @@ class EventLog:
         Returns the names of those that were not, byte for byte, what the log says: none, unless
         something else wrote to the database.
         """
-        with self.transaction(durable=True) as tx:
+        with self.transaction() as tx:
             before = self.projected()
-            for name in before:
-                tx.db.execute(f"DELETE FROM {name}")  # noqa: S608  our own names
-            for row in tx.db.execute(f"SELECT {COLUMNS} FROM event ORDER BY seq"):  # noqa: S608
-                project(tx.db, decode(row))
+            tx.rebuild()
             after = self.projected()
         return [name for name in before if before[name] != after[name]]
 
     def projected(self) -> dict[str, list[tuple[Any, ...]]]:
         """Give every row of every projection, sorted."""
-        names = [table._meta.table_name for table in tables.PROJECTIONS]
-        return {name: sorted(self.db.execute(f"SELECT * FROM {name}"), key=repr) for name in names}  # noqa: S608
+        return {
+            name: sorted(self.db.execute(f"SELECT * FROM {name}"), key=repr)  # noqa: S608  our own names
+            for name in database.WATCHED
+        }
 
 
 def decode(row: tuple[Any, ...]) -> Recorded:
-    """Make an event from its row (the columns of COLUMNS)."""
-    seq, stream, version, op, data, actor, time_us, boot = row
+    """Make an event from its row (the columns of COLUMNS). Raises LogTooNew."""
+    seq, stream, version, op, kind, schema, data, actor, time_us, boot = row
+    if schema != ev.SCHEMA:
+        data = upcast(schema, kind, data)
     return Recorded(
         seq=seq,
         stream=stream,
         version=version,
         op=op,
         event=_decoder.decode(data),
-        actor=_actor_decoder.decode(actor),
+        actor=_actor(actor),
         time_us=time_us,
         boot_us=boot,
     )
+
+
+@functools.lru_cache(maxsize=256)
+def _actor(text: str) -> Actor:
+    """Decode who did it: a few processes wrote all of a log."""
+    return _actor_decoder.decode(text)

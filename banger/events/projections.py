@@ -12,35 +12,55 @@ from banger.errors import AlreadyExists
 from banger.events import vocabulary as ev
 from banger.events.fold import Vm, apply_vm
 from banger.events.vocabulary import Recorded
+from banger.model import Needs
 
 vm_decoder = msgspec.json.Decoder(Vm)
 
 
 def _requested(db: sqlite3.Connection, row: Recorded, event: ev.OpRequested) -> bool:
     db.execute(
-        "INSERT INTO op (op, kind, vm, name, parent, state, requested_us, start_boot_us)"
-        " VALUES (?, ?, ?, ?, ?, 'waiting', ?, ?)",
-        (row.stream, event.kind, event.vm, event.name, event.parent, row.time_us, row.boot_us),
+        "INSERT INTO op (op, seq, kind, vm, name, parent, state, requested_us, start_boot_us, key, asked)"
+        " VALUES (?, ?, ?, ?, ?, ?, 'waiting', ?, ?, ?, ?)",
+        (
+            row.stream,
+            row.seq,
+            event.kind,
+            event.vm,
+            event.name,
+            event.parent,
+            row.time_us,
+            row.boot_us,
+            event.key,
+            event.asked,
+        ),
     )
-    return _enqueue(db, row, event.lane, epoch=0)
+    return _enqueue(db, row, event.lane, event.needs or Needs(), epoch=0)
 
 
-def _enqueue(db: sqlite3.Connection, row: Recorded, lane: str, *, epoch: int) -> bool:
+def _enqueue(db: sqlite3.Connection, row: Recorded, lane: str, needs: Needs, *, epoch: int) -> bool:
     db.execute(
-        "INSERT INTO work (op, seq, lane, state, due_us, epoch, cancel) VALUES (?, ?, ?, 'ready', 0, ?, 0)",
-        (row.stream, row.seq, lane, epoch),
+        "INSERT INTO work (op, seq, lane, state, due_us, epoch, cancel, memory_mib, vcpu, disk_mib)"
+        " VALUES (?, ?, ?, 'ready', 0, ?, 0, ?, ?, ?)",
+        (row.stream, row.seq, lane, epoch, needs.memory_mib, needs.vcpu, needs.disk_mib),
     )
     return True
 
 
+def _waiting(db: sqlite3.Connection, row: Recorded, event: ev.OpWaiting) -> bool:
+    db.execute("UPDATE work SET reason = ? WHERE op = ?", (event.reason, row.stream))
+    db.execute("UPDATE op SET reason = ? WHERE op = ?", (event.reason, row.stream))
+    return False
+
+
 def _claimed(db: sqlite3.Connection, row: Recorded, event: ev.OpClaimed) -> bool:
     db.execute(
-        "UPDATE work SET state = 'running', epoch = ?, pid = ?, start_ticks = ?, deadline_us = NULL,"
-        " waits_on = NULL WHERE op = ?",
-        (event.epoch, event.worker.pid, event.worker.start_ticks, row.stream),
+        "UPDATE work SET state = 'running', epoch = ?, pid = ?, start_ticks = ?, boot_id = ?,"
+        " deadline_us = NULL, waits_on = NULL, reason = NULL WHERE op = ?",
+        (event.epoch, event.worker.pid, event.worker.start_ticks, event.worker.boot_id, row.stream),
     )
     db.execute(
-        "UPDATE op SET state = CASE state WHEN 'undoing' THEN state ELSE 'running' END WHERE op = ?",
+        "UPDATE op SET state = CASE state WHEN 'undoing' THEN state ELSE 'running' END, reason = NULL"
+        " WHERE op = ?",
         (row.stream,),
     )
     return False
@@ -54,7 +74,7 @@ def _interrupted(db: sqlite3.Connection, row: Recorded, _: ev.OpInterrupted) -> 
 def _parked(db: sqlite3.Connection, row: Recorded, event: ev.OpParked) -> bool:
     _free(db, row.stream, "parked", 0)
     db.execute("UPDATE work SET waits_on = ? WHERE op = ?", (event.on, row.stream))
-    db.execute("UPDATE op SET state = 'waiting' WHERE op = ?", (row.stream,))
+    db.execute("UPDATE op SET state = 'waiting', reason = ? WHERE op = ?", (event.reason, row.stream))
     return False
 
 
@@ -90,7 +110,7 @@ def _ended(db: sqlite3.Connection, row: Recorded, event: ev.OpEnded) -> bool:
     error = None if event.error is None else msgspec.json.encode(event.error).decode()
     db.execute("DELETE FROM work WHERE op = ?", (row.stream,))
     db.execute(
-        "UPDATE op SET state = 'ended', fate = ?, error = ?, ended_us = ?,"
+        "UPDATE op SET state = 'ended', fate = ?, error = ?, ended_us = ?, reason = NULL,"
         # CLOCK_BOOTTIME begins anew with the host: what spans a reboot has no duration.
         " seconds = CASE WHEN ? >= start_boot_us THEN (? - start_boot_us) / 1e6 END WHERE op = ?",
         (event.fate, error, row.time_us, row.boot_us, row.boot_us, row.stream),
@@ -105,7 +125,7 @@ def _reopened(db: sqlite3.Connection, row: Recorded, event: ev.OpReopened) -> bo
         ("undoing" if event.back else "waiting", row.stream),
     )
     # Its epochs go on, so that a worker from before it stuck stays fenced off.
-    return _enqueue(db, row, event.lane, epoch=event.epoch)
+    return _enqueue(db, row, event.lane, Needs(), epoch=event.epoch)
 
 
 def _abandoned(db: sqlite3.Connection, row: Recorded, _: ev.OpAbandoned) -> bool:
@@ -115,8 +135,8 @@ def _abandoned(db: sqlite3.Connection, row: Recorded, _: ev.OpAbandoned) -> bool
 
 def _free(db: sqlite3.Connection, op: str, state: str, due_us: int) -> None:
     db.execute(
-        "UPDATE work SET state = ?, due_us = ?, pid = NULL, start_ticks = NULL, deadline_us = NULL"
-        " WHERE op = ?",
+        "UPDATE work SET state = ?, due_us = ?, pid = NULL, start_ticks = NULL, boot_id = NULL,"
+        " deadline_us = NULL WHERE op = ?",
         (state, due_us, op),
     )
 
@@ -129,14 +149,24 @@ def _project_vm(db: sqlite3.Connection, row: Recorded, _: ev.Event) -> bool:
     if vm.state == "deleted":
         db.execute("DELETE FROM vm WHERE vm = ?", (row.stream,))
         return False
-    data = msgspec.json.encode(vm).decode()
+    shown = (
+        vm.state,
+        vm.process is not None,
+        vm.spec.memory_mib,
+        vm.spec.vcpu,
+        msgspec.json.encode(vm).decode(),
+    )
     if found is not None:
-        db.execute("UPDATE vm SET state = ?, data = ? WHERE vm = ?", (vm.state, data, row.stream))
-        return False
+        db.execute(
+            "UPDATE vm SET state = ?, live = ?, memory_mib = ?, vcpu = ?, data = ? WHERE vm = ?",
+            (*shown, row.stream),
+        )
+        return True  # a VM that has ended makes room
     try:
         db.execute(
-            "INSERT INTO vm (vm, name, state, data) VALUES (?, ?, ?, ?)",
-            (row.stream, vm.spec.name, vm.state, data),
+            "INSERT INTO vm (vm, seq, name, state, live, memory_mib, vcpu, data)"
+            " VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+            (row.stream, row.seq, vm.spec.name, *shown),
         )
     except sqlite3.IntegrityError:
         raise AlreadyExists(
@@ -172,8 +202,9 @@ def _project_artifact(
         db.execute("DELETE FROM artifact WHERE kind = ? AND name = ?", (event.kind, event.name))
         return False
     db.execute(
-        "INSERT OR REPLACE INTO artifact (kind, name, digest, size_bytes, created_us, details)"
-        " VALUES (?, ?, ?, ?, ?, ?)",
+        "INSERT INTO artifact (kind, name, digest, size_bytes, created_us, details)"
+        " VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT (kind, name) DO UPDATE SET digest = excluded.digest,"
+        " size_bytes = excluded.size_bytes, created_us = excluded.created_us, details = excluded.details",
         (
             event.kind,
             event.name,
@@ -188,6 +219,7 @@ def _project_artifact(
 
 _PROJECTORS: dict[type[ev.Event], Callable[[sqlite3.Connection, Recorded, Any], bool]] = {
     ev.OpRequested: _requested,
+    ev.OpWaiting: _waiting,
     ev.OpClaimed: _claimed,
     ev.OpInterrupted: _interrupted,
     ev.OpParked: _parked,

@@ -35,6 +35,7 @@ class OpSummary(msgspec.Struct, frozen=True, kw_only=True):
     ended_us: int | None
     seconds: float | None
     error: ev.Error | None
+    reason: str | None
 
 
 class ArtifactSummary(msgspec.Struct, frozen=True, kw_only=True):
@@ -77,6 +78,7 @@ def _summary(row: Any) -> OpSummary:
         ended_us=row.ended_us,
         seconds=row.seconds,
         error=None if row.error is None else json.loads(row.error),
+        reason=row.reason,
     )
 
 
@@ -112,7 +114,7 @@ def find_op(log: EventLog, short: str) -> OpSummary:
 
 def ops(log: EventLog, *, limit: int, vm: str | None = None) -> list[OpSummary]:
     """List operations, the newest first."""
-    query = OpRow.select().order_by(OpRow.op.desc()).limit(limit)
+    query = OpRow.select().order_by(OpRow.seq.desc()).limit(limit)
     if vm is not None:
         query = query.where(OpRow.vm == vm)
     return [_summary(row) for row in query.execute(log.peewee)]
@@ -138,6 +140,44 @@ def running_workers(log: EventLog) -> dict[int, str]:
     """Map each busy worker's pid to its operation."""
     query = WorkRow.select(WorkRow.pid, WorkRow.op).where(WorkRow.state == "running")
     return {row.pid: row.op for row in query.execute(log.peewee)}
+
+
+def op_by_key(log: EventLog, key: str) -> tuple[str, str] | None:
+    """Find the operation that was asked for with an idempotency key: its id, and what was asked."""
+    row = _one(log, OpRow.select(OpRow.op, OpRow.asked).where(OpRow.key == key))
+    return None if row is None else (row.op, row.asked)
+
+
+def last_in_lane(log: EventLog, lane: str) -> OpSummary | None:
+    """Find the newest operation of a lane that has not ended and is not to be cancelled."""
+    query = (
+        OpRow.select()
+        .join(WorkRow, on=(WorkRow.op == OpRow.op))
+        .where((WorkRow.lane == lane) & (WorkRow.cancel == 0))
+        .order_by(WorkRow.seq.desc())
+    )
+    row = _one(log, query)
+    return None if row is None else _summary(row)
+
+
+def ahead_of(log: EventLog, op_id: str) -> OpSummary | None:
+    """Find the operation that runs before this one in its lane; None when it is the first."""
+    mine = _one(log, WorkRow.select().where(WorkRow.op == op_id))
+    if mine is None:
+        return None
+    before = (WorkRow.lane == mine.lane) & (WorkRow.seq < mine.seq)
+    query = OpRow.select().join(WorkRow, on=(WorkRow.op == OpRow.op)).where(before).order_by(WorkRow.seq)
+    row = _one(log, query)
+    return None if row is None else _summary(row)
+
+
+def stuck_vms(log: EventLog) -> dict[str, str]:
+    """Map each VM whose last operation is stuck to that operation."""
+    rows = log.db.execute(
+        "SELECT o.vm, o.op FROM op o WHERE o.fate = 'stuck' AND o.vm IS NOT NULL"
+        " AND NOT EXISTS (SELECT 1 FROM op later WHERE later.vm = o.vm AND later.seq > o.seq)"
+    )
+    return dict(rows.fetchall())
 
 
 def active_op(log: EventLog, kind: str, lane: str) -> str | None:
@@ -166,7 +206,7 @@ def find_vm(log: EventLog, word: str) -> Vm:
 
 def stuck(log: EventLog) -> list[OpSummary]:
     """List the operations that could be neither finished nor undone, and that nobody gave up."""
-    query = OpRow.select().where(OpRow.fate == "stuck").order_by(OpRow.op)
+    query = OpRow.select().where(OpRow.fate == "stuck").order_by(OpRow.seq)
     return [_summary(row) for row in query.execute(log.peewee)]
 
 
@@ -175,12 +215,12 @@ def stuck_in(database: Path) -> list[tuple[str, str, str | None]]:
     if not database.exists():
         return []
     with contextlib.closing(sqlite3.connect(f"file:{database}?mode=ro", uri=True)) as db:
-        return db.execute("SELECT op, kind, name FROM op WHERE fate = 'stuck' ORDER BY op").fetchall()
+        return db.execute("SELECT op, kind, name FROM op WHERE fate = 'stuck' ORDER BY seq").fetchall()
 
 
 def vm_ids(log: EventLog, word: str | None = None) -> list[str]:
     """List the ids of all VMs there have ever been, the oldest first; of one name or id if given."""
-    query = OpRow.select(OpRow.vm).where(OpRow.kind == "vm.create").order_by(OpRow.vm)
+    query = OpRow.select(OpRow.vm).where(OpRow.kind == "vm.create").order_by(OpRow.seq)
     if word is not None:
         query = query.where((OpRow.name == word) | (OpRow.vm == word))
     return [row.vm for row in query.execute(log.peewee)]
@@ -188,7 +228,7 @@ def vm_ids(log: EventLog, word: str | None = None) -> list[str]:
 
 def vms(log: EventLog) -> list[Vm]:
     """List every VM, the oldest first."""
-    query = VmRow.select(VmRow.data).order_by(VmRow.vm)
+    query = VmRow.select(VmRow.data).order_by(VmRow.seq)
     return [vm_decoder.decode(row.data) for row in query.execute(log.peewee)]
 
 

@@ -10,7 +10,7 @@ from typing import Any, Literal, dataclass_transform
 
 import msgspec
 
-from banger.model import Process, Resource, VmSpec
+from banger.model import Needs, Process, Resource, VmSpec
 
 Facts = dict[str, Any]
 Error = dict[str, Any]
@@ -26,7 +26,11 @@ class Event(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", omit_de
 
 
 class OpRequested(Event, tag="op.requested"):
-    """Someone asked for an operation; its list of steps is pinned here."""
+    """Someone asked for an operation; its list of steps is pinned here.
+
+    `parent` is the operation that waits for it, if it was one that asked. `key` is the caller's
+    idempotency key, and `asked` a digest of what came with it.
+    """
 
     kind: str
     args: Facts
@@ -36,6 +40,15 @@ class OpRequested(Event, tag="op.requested"):
     vm: str | None = None
     name: str | None = None
     parent: str | None = None
+    needs: Needs | None = None
+    key: str | None = None
+    asked: str | None = None
+
+
+class OpWaiting(Event, tag="op.waiting"):
+    """There is no room for the operation on the host yet; `reason` says what is lacking."""
+
+    reason: str
 
 
 class OpClaimed(Event, tag="op.claimed"):
@@ -254,6 +267,7 @@ class ArtifactDeleted(Event, tag="artifact.deleted"):
 
 AnyEvent = (
     OpRequested
+    | OpWaiting
     | OpClaimed
     | OpInterrupted
     | OpParked
@@ -283,8 +297,8 @@ AnyEvent = (
     | ArtifactDeleted
 )
 
-SCHEMA = 1
-"""The version of the shapes above; stored with every event."""
+SCHEMA = 2
+"""The version of the shapes above; stored with every event. `banger.events.upcast` reads older ones."""
 
 
 def type_of(event: Event) -> str:

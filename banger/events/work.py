@@ -6,25 +6,25 @@ it says nothing that the log does not say.
 
 from __future__ import annotations
 
+import sqlite3
 from typing import NamedTuple
 
 from banger import proc
+from banger.config import Capacity
 from banger.errors import Fenced
+from banger.events import database, room
 from banger.events import vocabulary as ev
 from banger.events.log import EventLog, Tx, boot_us
 from banger.model import Process
 
-# A due time further ahead than any back-off was written before a reboot reset CLOCK_BOOTTIME.
-_FAR_US = 120_000_000
-
-# The oldest operation of its lane; or one that was cancelled before anyone took it.
-_NEXT = """
+# The oldest operation of its lane; or one that was cancelled before anyone took it. One that needs
+# room on the host is taken only when it is the one that `fits`.
+_NEXT = f"""
     SELECT w.op, w.epoch FROM work w
-    WHERE w.state = 'ready' AND (w.due_us <= :now OR w.due_us > :now + :far)
-      AND ((w.cancel = 1 AND w.epoch = 0)
-           OR NOT EXISTS (SELECT 1 FROM work o WHERE o.lane = w.lane AND o.seq < w.seq))
+    WHERE {room.READY} AND ((w.cancel = 1 AND w.epoch = 0) OR {room.OLDEST_OF_ITS_LANE})
+      AND (w.op = :fits OR NOT ({room.NEEDS_ROOM}))
     ORDER BY w.seq LIMIT 1
-"""
+"""  # noqa: S608  constants
 
 
 class Claim(NamedTuple):
@@ -34,13 +34,16 @@ class Claim(NamedTuple):
     epoch: int
 
 
-def claim(log: EventLog, worker: Process) -> Claim | None:
-    """Take the next operation that may run; None when there is none."""
-    question = {"now": boot_us(), "far": _FAR_US}
-    if log.db.execute(_NEXT, question).fetchone() is None:
+def claim(log: EventLog, worker: Process, capacity: Capacity | None = None) -> Claim | None:
+    """Take the next operation that may run; None when there is none.
+
+    `capacity` bounds what may run at once; those that have to wait for room are told why, once.
+    """
+    if not more(log, capacity) and not room.untold(log, capacity):
         return None  # an idle look takes no lock
     with log.transaction() as tx:
-        found = tx.db.execute(_NEXT, question).fetchone()
+        room.tell_why(tx, capacity)
+        found = _next(log, capacity)
         if found is None:
             return None
         op, epoch = found[0], found[1] + 1
@@ -48,14 +51,42 @@ def claim(log: EventLog, worker: Process) -> Claim | None:
         return Claim(op, epoch)
 
 
+def _next(log: EventLog, capacity: Capacity | None) -> tuple[str, int] | None:
+    question = {"now": boot_us(), "far": room.FAR_US, "fits": room.fits(log, capacity)}
+    found: tuple[str, int] | None = log.db.execute(_NEXT, question).fetchone()
+    return found
+
+
+def let_go(log: EventLog, worker: Process) -> None:
+    """Give back what a worker is said to hold that has nothing in hand.
+
+    Its row of the queue was deleted under it, it was fenced off, and the row was made again.
+    """
+    if not _held_by(log, worker):
+        return
+    with log.transaction() as tx:
+        for op, epoch in _held_by(log, worker):
+            gone = ev.OpInterrupted(epoch=epoch, reason="its worker let it go", graceful=True)
+            tx.append(op, gone, op=op)
+
+
+def _held_by(log: EventLog, worker: Process) -> list[tuple[str, int]]:
+    rows = log.db.execute(
+        "SELECT op, epoch FROM work WHERE state = 'running' AND pid = ? AND start_ticks = ?",
+        (worker.pid, worker.start_ticks),
+    )
+    return rows.fetchall()
+
+
 def guard(tx: Tx, held: Claim) -> bool:
     """Check inside a transaction that the claim still stands; True when a cancel was asked for.
 
+    Projections that rows were deleted from are made again first: a step sees the whole state.
+
     Raises Fenced when another worker has the operation now, or it has ended.
     """
-    row = tx.db.execute(
-        "SELECT cancel FROM work WHERE op = ? AND epoch = ? AND state = 'running'", (held.op, held.epoch)
-    ).fetchone()
+    tx.mend()
+    row = _held(tx.db, held)
     if row is None:
         raise Fenced(op=held.op)
     return bool(row[0])
@@ -63,40 +94,50 @@ def guard(tx: Tx, held: Claim) -> bool:
 
 def cancel_wanted(log: EventLog, held: Claim) -> bool:
     """Tell, from inside a long step, whether to stop: cancelled, or fenced off."""
-    row = log.db.execute(
+    row = _held(log.db, held)
+    if row is None:
+        return not database.missing(log.db)  # a row that was deleted is made again
+    return bool(row[0])
+
+
+def _held(db: sqlite3.Connection, held: Claim) -> tuple[int] | None:
+    row: tuple[int] | None = db.execute(
         "SELECT cancel FROM work WHERE op = ? AND epoch = ? AND state = 'running'", (held.op, held.epoch)
     ).fetchone()
-    return row is None or bool(row[0])
+    return row
 
 
 def reap(log: EventLog) -> list[str]:
     """Free the operations whose worker is dead, and tell which."""
-    held = log.db.execute("SELECT op, pid, start_ticks FROM work WHERE state = 'running'").fetchall()
-    freed = []
-    for op, pid, ticks in held:
-        if not proc.alive(Process(pid=pid, start_ticks=ticks)) and _interrupt(log, op, pid, ticks):
-            freed.append(op)
-    return freed
+    held = log.db.execute("SELECT op, pid, start_ticks, boot_id FROM work WHERE state = 'running'").fetchall()
+    return [op for op, *worker in held if _interrupt(log, op, _process(*worker))]
 
 
-def _interrupt(log: EventLog, op: str, pid: int, ticks: int) -> bool:
+def _process(pid: int, start_ticks: int, boot_id: str) -> Process:
+    return Process(pid=pid, start_ticks=start_ticks, boot_id=boot_id)
+
+
+def _interrupt(log: EventLog, op: str, worker: Process) -> bool:
+    if proc.alive(worker):
+        return False
     with log.transaction() as tx:
         row = tx.db.execute(
             "SELECT epoch FROM work WHERE op = ? AND state = 'running' AND pid = ? AND start_ticks = ?",
-            (op, pid, ticks),
+            (op, worker.pid, worker.start_ticks),
         ).fetchone()
         if row is None:  # freed by someone else meanwhile
             return False
-        tx.append(op, ev.OpInterrupted(epoch=row[0], reason=f"worker {pid} is gone"), op=op)
+        tx.append(op, ev.OpInterrupted(epoch=row[0], reason=f"worker {worker.pid} is gone"), op=op)
         return True
 
 
 def overdue(log: EventLog) -> list[tuple[str, Process]]:
     """List the operations whose step has run past its deadline, with their workers."""
     rows = log.db.execute(
-        "SELECT op, pid, start_ticks FROM work WHERE state = 'running' AND deadline_us < ?", (boot_us(),)
+        "SELECT op, pid, start_ticks, boot_id FROM work WHERE state = 'running' AND deadline_us < ?",
+        (boot_us(),),
     )
-    return [(op, Process(pid=pid, start_ticks=ticks)) for op, pid, ticks in rows]
+    return [(op, _process(*worker)) for op, *worker in rows]
 
 
 def nudge(log: EventLog) -> None:
@@ -104,6 +145,6 @@ def nudge(log: EventLog) -> None:
     log.work_bell.ring()
 
 
-def more(log: EventLog) -> bool:
+def more(log: EventLog, capacity: Capacity | None = None) -> bool:
     """Tell whether another operation may run at once."""
-    return log.db.execute(_NEXT, {"now": boot_us(), "far": _FAR_US}).fetchone() is not None
+    return _next(log, capacity) is not None

@@ -19,7 +19,7 @@ from banger import log as logging
 from banger.errors import BangerError, Cancelled, Fenced, from_os_error
 from banger.events import queries, work
 from banger.events import vocabulary as ev
-from banger.events.fold import apply_op
+from banger.events.fold import fold_op
 from banger.events.log import EventLog, Tx
 from banger.model import Resource
 from banger.tasks.context import Ctx, World
@@ -282,7 +282,7 @@ class Saga:
             return self._decide(tx, cancel=cancel)
 
     def _append(self, tx: Tx, event: ev.Event) -> None:
-        after = apply_op(self.op, tx.append(self.op.id, event, op=self.op.id))
+        after = fold_op([tx.append(self.op.id, event, op=self.op.id)], start=self.op)
         assert after is not None
         self.op = after
 

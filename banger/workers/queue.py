@@ -18,6 +18,7 @@ from huey.registry import Message
 from huey.serializer import Serializer
 from huey.storage import BaseStorage
 
+from banger.config import Capacity
 from banger.events import work
 from banger.events.log import EventLog
 from banger.model import Process
@@ -43,10 +44,11 @@ class LogStorage(BaseStorage):  # type: ignore[misc]  # huey has no type hints
 
     blocking = True
 
-    def __init__(self, name: str, *, log: EventLog, worker: Process, **_: Any):
+    def __init__(self, name: str, *, log: EventLog, worker: Process, capacity: Capacity, **_: Any):
         super().__init__(name)
         self._log = log
         self._worker = worker
+        self._capacity = capacity
         self.message: Callable[[work.Claim], bytes] = lambda _: b""
 
     def enqueue(self, data: bytes, priority: float | None = None) -> None:  # noqa: ARG002  huey's signature
@@ -55,12 +57,13 @@ class LogStorage(BaseStorage):  # type: ignore[misc]  # huey has no type hints
 
     def dequeue(self) -> bytes | None:
         """Claim the next operation and make its message; wait at most FALLBACK_LOOK_S for one."""
-        held = work.claim(self._log, self._worker)
+        work.let_go(self._log, self._worker)
+        held = work.claim(self._log, self._worker, self._capacity)
         if held is None and self._log.work_bell.wait(FALLBACK_LOOK_S):
-            held = work.claim(self._log, self._worker)
+            held = work.claim(self._log, self._worker, self._capacity)
         if held is None:
             return None
-        if work.more(self._log):
+        if work.more(self._log, self._capacity):
             work.nudge(self._log)  # one ring wakes one worker: pass it on
         return self.message(held)
 
@@ -75,10 +78,16 @@ class LogStorage(BaseStorage):  # type: ignore[misc]  # huey has no type hints
     pop_data = peek_data
 
 
-def connect(log: EventLog, worker: Process, advance: Callable[[str, int], None]) -> Huey:
+def connect(log: EventLog, worker: Process, capacity: Capacity, advance: Callable[[str, int], None]) -> Huey:
     """Make one worker's huey, whose only task advances one operation under one claim."""
     huey = Huey(
-        "banger", results=False, serializer=JsonSerializer(), storage_class=LogStorage, log=log, worker=worker
+        "banger",
+        results=False,
+        serializer=JsonSerializer(),
+        storage_class=LogStorage,
+        log=log,
+        worker=worker,
+        capacity=capacity,
     )
     task = huey.task(name="advance")(advance)
     huey.storage.message = lambda held: huey.serialize_task(task.s(held.op, held.epoch))

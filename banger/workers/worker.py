@@ -10,7 +10,7 @@ from typing import NoReturn
 
 from banger import log as logging
 from banger import proc
-from banger.config import Config, Dirs
+from banger.config import Config, Dirs, capacity
 from banger.events import work
 from banger.events.log import EventLog
 from banger.tasks.context import World
@@ -66,7 +66,7 @@ def _work(dirs: Dirs, config: Config) -> None:
             raise SystemExit(CRASHED) from error
 
     work.reap(log)
-    huey = queue.connect(log, proc.me(), advance)
+    huey = queue.connect(log, proc.me(), capacity(config, dirs), advance)
     while True:
         if (task := huey.dequeue()) is not None:
             huey.execute(task)

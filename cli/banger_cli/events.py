@@ -9,7 +9,6 @@ from typing import Any
 import click
 
 from banger import layout
-from banger.errors import BangerError
 from banger_cli import wire
 from banger_cli.commands import Branch, Leaf, stacked
 from banger_cli.output import Out
@@ -40,12 +39,6 @@ state = Branch(
     help="What is known of VMs, operations and resources: a projection of the log.",
     epilog="Examples:\n  banger state rebuild",
 )
-
-
-class LogDamaged(BangerError):
-    """The event log is not what was written."""
-
-    code = "log-damaged"
 
 
 _filters = stacked(
@@ -113,7 +106,10 @@ def export(out: Out) -> None:
     """Print the whole log, one row as JSON per line, with its hashes. Needs no daemon."""
     from banger.events import verify as check
 
-    for line in check.export(check.stored_rows(_database())):
+    database = _database()
+    end = check.stored_end(database)
+    rows = (row for row in check.stored_rows(database) if end is None or row[0] <= end.rows)
+    for line in check.export(rows, end):
         click.echo(line)
     out.note("exported")
 
@@ -132,12 +128,8 @@ def verify(out: Out, file: Path | None) -> None:
     """
     from banger.events import verify as check
 
-    verdict = check.verify(check.imported(file) if file else check.stored_rows(_database()))
-    if verdict.bad_seq is not None:
-        raise LogDamaged(
-            f"Row {verdict.bad_seq} is the first bad one of the log: {verdict.why}",
-            hint=f"{verdict.rows} rows before it are good. `banger events export` still reads the log.",
-        )
+    verdict = check.verify_export(file) if file else check.verify_log(_database())
+    verdict.require_good()
     document = {"rows": verdict.rows, "head": verdict.head, "ok": True}
     out.show(
         document, [f"{verdict.rows} events, every one as it was written; the last hash is {verdict.head}"]

@@ -14,7 +14,7 @@ from banger.events import queries, tables, work
 from banger.events import vocabulary as ev
 from banger.events.fold import fold_op
 from banger.events.log import EventLog, mint, row_hash
-from banger.model import Process, Resource, VmSpec
+from banger.model import Resource, VmSpec
 
 REST = "stream, version, op, type, schema, data, actor, time_us, boot_us, prev, hash"
 SPEC = VmSpec(name="web", image="debian-12", kernel="debian-12", vcpu=1, memory_mib=256, disk_mib=1024)
@@ -154,7 +154,7 @@ def test_a_fenced_worker_records_nothing(log: EventLog) -> None:
 
 def test_a_dead_workers_claim_is_freed(log: EventLog) -> None:
     """Reaping frees what a dead process holds and leaves what a living one holds."""
-    dead = Process(pid=proc.me().pid, start_ticks=1)
+    dead = msgspec.structs.replace(proc.me(), start_ticks=1)
     lost, kept = log.request(request("a")), log.request(request("b"))
     assert work.claim(log, dead) is not None
     assert work.claim(log, proc.me()) is not None
