@@ -116,6 +116,11 @@ class Dirs(Value):
         return self.state / "log.jsonl"
 
     @property
+    def damaged(self) -> Path:
+        """What was found to be wrong with the event log; there until it is good again."""
+        return self.state / "damaged.json"
+
+    @property
     def accelerator(self) -> Path:
         """What was found out about KVM and the TSC, valid until the host boots again."""
         return self.state / "accelerator.json"

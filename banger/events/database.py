@@ -34,6 +34,18 @@ def connect(path: Path, *, read_only: bool) -> SqliteDatabase:
     return database
 
 
+def require_complete(db: sqlite3.Connection) -> None:
+    """Raise LogTooNew or LogDamaged when the tables cannot be read as they are."""
+    version = db.execute("PRAGMA user_version").fetchone()[0]
+    if version > tables.VERSION:
+        raise LogTooNew
+    if version != tables.VERSION or not _complete(db):
+        raise LogDamaged(
+            "The database lacks tables of this version, and is only read.",
+            hint="`banger events export` reads the events all the same.",
+        )
+
+
 def prepare(database: SqliteDatabase, db: sqlite3.Connection) -> bool:
     """Make what tables are missing; True when the projections have to be made from the log.
 
@@ -42,8 +54,7 @@ def prepare(database: SqliteDatabase, db: sqlite3.Connection) -> bool:
     version = db.execute("PRAGMA user_version").fetchone()[0]
     if version > tables.VERSION:
         raise LogTooNew
-    complete = _tables(db) >= {tables.name(table) for table in tables.TABLES}
-    if complete and version == tables.VERSION and db.execute("SELECT 1 FROM head").fetchone():
+    if _complete(db) and version == tables.VERSION and db.execute("SELECT 1 FROM head").fetchone():
         return False
     if version != tables.VERSION:
         for name in WATCHED:
@@ -55,8 +66,9 @@ def prepare(database: SqliteDatabase, db: sqlite3.Connection) -> bool:
     return db.execute("SELECT 1 FROM event").fetchone() is not None
 
 
-def _tables(db: sqlite3.Connection) -> set[str]:
-    return {name for (name,) in db.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+def _complete(db: sqlite3.Connection) -> bool:
+    names = {name for (name,) in db.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+    return names >= {tables.name(table) for table in tables.TABLES}
 
 
 def _begin_head(db: sqlite3.Connection) -> None:

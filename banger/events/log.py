@@ -143,10 +143,12 @@ class EventLog:
         self.work_bell = Bell(work_bell)
         self.event_bell = Bell(event_bell)
         self._actor = _encoder.encode(Actor(uid=os.getuid(), pid=os.getpid(), role=role)).decode()
-        self._lock = os.open(f"{path}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         self.peewee = database.connect(path, read_only=read_only)
+        self._lock = os.open(f"{path}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         self.db: sqlite3.Connection = self.peewee.connection()  # type: ignore[no-untyped-call]
-        if not read_only:
+        if read_only:
+            database.require_complete(self.db)
+        else:
             self._prepare()
         database.check_schema(self.db)
 

@@ -1,8 +1,9 @@
-"""The daemon: `python -m banger.rpc.daemon [--ready-fd N]`.
+"""The daemon: `python -m banger.rpc.daemon [--ready-fd N] [--read-only]`.
 
 It serves clients, deals out events, keeps the workers' supervisor alive, gives up claims of dead
 workers and ends steps that are past their deadline. It can be killed at any point: what is under
-way is in the log, and VMs do not depend on it.
+way is in the log, and VMs do not depend on it. It does not write to a log that is damaged; with
+--read-only it only answers, and has no workers.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from banger.errors import BangerError, TimedOut
 from banger.events import work
 from banger.events.log import EventLog
 from banger.guest.connections import Connections
+from banger.rpc import health
 from banger.rpc.server import Server
 from banger.rpc.service import Service
 from banger.rpc.tail import Tail
@@ -57,10 +59,10 @@ def only_one(dirs: config.Dirs) -> Iterator[None]:
 class Daemon:
     """Everything that lives as long as the daemon does."""
 
-    def __init__(self, dirs: config.Dirs, settings: config.Config):
+    def __init__(self, dirs: config.Dirs, settings: config.Config, *, read_only: bool):
         self.stopping = asyncio.Event()
         self._dirs = dirs
-        self._log = EventLog(dirs.database, dirs.work_bell, dirs.event_bell, "daemon")
+        self._log = EventLog(dirs.database, dirs.work_bell, dirs.event_bell, "daemon", read_only=read_only)
         self._service = Service(
             dirs, settings, self._log, since_us=time.time_ns() // 1000, stop=self.stopping.set
         )
@@ -72,20 +74,22 @@ class Daemon:
 
     async def run(self, ready_fd: int | None) -> None:
         """Serve until `stopping` is set."""
-        self._reap()
+        writes = not self._log.read_only
+        if writes:
+            self._keep_house()
         server = Server(self._service, self._tail, self._connections, self._tethers)
         listening = await server.listen(self._dirs.socket)
-        self._watch.adopt()
-        self._tethers.adopt()
-        tasks = [
-            asyncio.create_task(self._tail.run()),
-            asyncio.create_task(self._keep_supervisor()),
-            asyncio.create_task(self._housekeeping()),
-        ]
-        logging.get().info("ready")
+        tasks = [asyncio.create_task(self._tail.run())]
+        if writes:
+            self._watch.adopt()
+            self._tethers.adopt()
+            tasks += [asyncio.create_task(self._keep_supervisor()), asyncio.create_task(self._housekeeping())]
+        logging.get().info("ready", writes=writes)
         if ready_fd is not None:
             os.write(ready_fd, b"\n")
             os.close(ready_fd)
+        if writes:
+            tasks.append(asyncio.create_task(self._check_log()))
         stopped = asyncio.create_task(_until(self.stopping))
         # A background task that ends has failed: the daemon ends too, loudly, and is started again.
         done: set[asyncio.Task[Any]]
@@ -119,27 +123,37 @@ class Daemon:
                 await supervisor.wait()
                 raise
             logging.get().error("supervisor ended", status=status)
-            self._reap()
+            self._keep_house()
             if time.monotonic() - began < HOUSEKEEPING_S:
                 await asyncio.sleep(HOUSEKEEPING_S)  # a brake, not a wait for an event
 
-    def _reap(self) -> None:
-        """Free what dead workers hold. A log that cannot be written now is tried again in a second."""
+    async def _check_log(self) -> None:
+        """Check the whole log once; it ends the daemon when it is damaged."""
+        await health.check_the_rest(self._dirs)
+        await _until(self.stopping)
+
+    def _keep_house(self) -> None:
+        """Make lost projections again, free what dead workers hold.
+
+        A log that cannot be written now is tried again in a second.
+        """
         try:
+            if self._log.mend():
+                logging.get().warning("rows of the projections were lost; made again from the log")
             work.reap(self._log)
         except BangerError as error:
-            logging.get().error("cannot reap", error=error.message)
+            logging.get().error("cannot keep house", error=error.message)
 
     async def _housekeeping(self) -> None:
         """Once a second: free what dead workers hold, end workers whose step is overdue, look around."""
         while True:
             await asyncio.sleep(HOUSEKEEPING_S)
-            self._reap()
+            self._keep_house()
             for op, worker in work.overdue(self._log):
                 logging.get(op=op).error("step past its deadline", worker=worker.pid)
                 with contextlib.suppress(TimedOut):  # in a system call that cannot be interrupted: later
                     await asyncio.to_thread(proc.kill, worker)
-                self._reap()
+                self._keep_house()
             self._watch.look_again()
             self._tethers.look_again()
 
@@ -152,6 +166,7 @@ def main() -> None:
         type=int,
         help="a newline is written here when the socket answers, or what is wrong, as JSON",
     )
+    parser.add_argument("--read-only", action="store_true", help="answer, and write nothing to the log")
     words = parser.parse_args()
     ready_fd: int | None = words.ready_fd
     os.umask(0o077)
@@ -161,7 +176,9 @@ def main() -> None:
         settings = config.load(dirs)
         with only_one(dirs):
             logging.setup("daemon", dirs.log_file)
-            asyncio.run(_run(dirs, settings, ready_fd))
+            if not words.read_only:
+                health.require_good(dirs)
+            asyncio.run(_run(dirs, settings, ready_fd, read_only=words.read_only))
     except BangerError as error:
         if ready_fd is not None:  # whoever starts us shows it as its own
             os.write(ready_fd, msgspec.json.encode(error.to_dict()))
@@ -172,8 +189,8 @@ async def _until(event: asyncio.Event) -> None:
     await event.wait()
 
 
-async def _run(dirs: config.Dirs, settings: config.Config, ready_fd: int | None) -> None:
-    daemon = Daemon(dirs, settings)
+async def _run(dirs: config.Dirs, settings: config.Config, ready_fd: int | None, *, read_only: bool) -> None:
+    daemon = Daemon(dirs, settings, read_only=read_only)
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, daemon.stopping.set)
     await daemon.run(ready_fd)

@@ -27,13 +27,16 @@ class Request(Value):
 
 
 class Hello(Request):
-    """Is anyone there? -> {version, pid}."""
+    """Is anyone there? -> {version, pid, read_only}."""
 
     method = "hello"
 
 
 class DaemonStatus(Request):
-    """How is the daemon? -> {pid, version, since_us, workers, vms_running, ops_active, state_dir}."""
+    """How is the daemon?
+
+    -> {pid, version, since_us, workers, vms_running, ops_active, state_dir, read_only}.
+    """
 
     method = "daemon.status"
 

@@ -85,7 +85,7 @@ class Service:
     # -- the daemon --------------------------------------------------------------------------
 
     def _hello(self, _: p.Hello) -> dict[str, Any]:
-        return {"version": __version__, "pid": os.getpid()}
+        return {"version": __version__, "pid": os.getpid(), "read_only": self.log.read_only}
 
     def _status(self, _: p.DaemonStatus) -> dict[str, Any]:
         return {
@@ -96,6 +96,7 @@ class Service:
             "vms_running": sum(vm.state == "running" for vm in queries.vms(self.log)),
             "ops_active": queries.active_count(self.log),
             "state_dir": str(self.dirs.state),
+            "read_only": self.log.read_only,
         }
 
     def _daemon_stop(self, _: p.DaemonStop) -> dict[str, Any]:

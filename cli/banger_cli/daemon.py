@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from banger import layout
-from banger.errors import BangerError, DaemonDown
+from banger.errors import BangerError, DaemonDown, WrongState
 from banger_cli import wire
 from banger_cli.commands import Branch, Leaf
 from banger_cli.output import Out
@@ -46,19 +46,27 @@ def _story(found: Json) -> Iterator[str]:
             ("vms running", found["vms_running"]),
             ("ops active", found["ops_active"]),
             ("state", found["state_dir"]),
+            ("writes", "no: it was started with --read-only" if found["read_only"] else None),
         ]
     )
     rows = [(each["pid"], each["op"] or "idle") for each in found["workers"]]
     yield from ("", *layout.table(("WORKER", "OP"), rows))
 
 
-@click.command("start", cls=Leaf)
+@click.command("start", cls=Leaf, epilog="""\
+Examples:
+  banger daemon start
+  banger daemon start --read-only     to look at a damaged log""")  # fmt: skip
+@click.option("--read-only", is_flag=True, help="Only answer: nothing is written, no operation runs.")
 @click.pass_obj
-def start(out: Out) -> None:
+def start(out: Out, read_only: bool) -> None:
     """Start the daemon; nothing to do when it runs already."""
-    with wire.connect() as daemon:
+    with wire.connect(read_only=read_only) as daemon:
         found = daemon.hello()
-    out.show(found, [f"The daemon runs: pid {found['pid']}, version {found['version']}"])
+    if read_only and not found["read_only"]:
+        raise WrongState("A daemon that writes is running.", hint="`banger daemon stop` ends it.")
+    only = ", it only reads" if found["read_only"] else ""
+    out.show(found, [f"The daemon runs: pid {found['pid']}, version {found['version']}{only}"])
 
 
 @click.command("stop", cls=Leaf)

@@ -20,7 +20,7 @@ ERROR_TAIL = 600
 MAX_ANSWER = 65536
 
 
-def start() -> socket.socket | None:
+def start(*, read_only: bool = False) -> socket.socket | None:
     """Start the daemon unless another has done so meanwhile, and connect to it.
 
     Raises what the daemon says is wrong (its settings, say), or DaemonDown with its last words when
@@ -32,17 +32,17 @@ def start() -> socket.socket | None:
         fcntl.flock(lock, fcntl.LOCK_EX)
         sock = wire.dial()
         if sock is None:
-            _spawn(state / "daemon.err")
+            _spawn(state / "daemon.err", ["--read-only"] if read_only else [])
             sock = wire.dial()
     return sock
 
 
-def _spawn(errors: Path) -> None:
+def _spawn(errors: Path, words: list[str]) -> None:
     said_before = errors.stat().st_size if errors.exists() else 0
     ready, ready_end = os.pipe()
     try:
         # -P, and / as its directory: `-m` would otherwise import from wherever the user stands.
-        argv = [sys.executable, "-P", "-m", "banger.rpc.daemon", "--ready-fd", str(ready_end)]
+        argv = [sys.executable, "-P", "-m", "banger.rpc.daemon", "--ready-fd", str(ready_end), *words]
         child = start_detached(argv, errors=errors, keep=(ready_end,))
     finally:
         os.close(ready_end)

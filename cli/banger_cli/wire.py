@@ -158,8 +158,8 @@ def _give_up() -> None:
     raise DaemonDown("The daemon accepts connections but does not answer.")
 
 
-def connect(*, start: bool = True) -> Connection:
-    """Connect to the daemon, starting it when there is none.
+def connect(*, start: bool = True, read_only: bool = False) -> Connection:
+    """Connect to the daemon, starting it when there is none; one that only reads, if asked to.
 
     Raises DaemonDown when it cannot be started, or when `start` is false and there is none.
     """
@@ -167,7 +167,7 @@ def connect(*, start: bool = True) -> Connection:
     if sock is None and start:
         from banger_cli import start as starter
 
-        sock = starter.start()
+        sock = starter.start(read_only=read_only)
     if sock is None:
         raise DaemonDown("No daemon is running.", hint="Any command that needs it starts it.")
     return Connection(sock)

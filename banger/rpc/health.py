@@ -1,0 +1,59 @@
+"""Is the log what was written? The daemon asks before it writes: a damaged log is left as it is.
+
+The newest rows are checked before the daemon serves anyone. What is before them, in a long log, is
+checked by a process beside it: `python -m banger.rpc.health DATABASE`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from pathlib import Path
+
+import msgspec
+
+from banger.config import Dirs
+from banger.events import verify
+from banger.events.verify import Verdict
+
+NEWEST = 100_000
+"""Rows that are checked at every start: a quarter of a second."""
+
+
+def require_good(dirs: Dirs) -> None:
+    """Check the log's newest rows; all of them if damage was found before. Raises LogDamaged."""
+    if not dirs.database.exists():
+        return
+    newest = None if dirs.damaged.exists() else NEWEST
+    verify.verify_log(dirs.database, newest=newest).require_good()
+    dirs.damaged.unlink(missing_ok=True)
+
+
+async def check_the_rest(dirs: Dirs) -> None:
+    """Check a long log whole, at the lowest priority. Raises LogDamaged, also at the next start."""
+    end = verify.stored_end(dirs.database)
+    if end is None or end.rows <= NEWEST:
+        return
+    checker = await asyncio.create_subprocess_exec(
+        "nice", "-n", "19", sys.executable, "-P", "-m", "banger.rpc.health", str(dirs.database),
+        stdin=asyncio.subprocess.DEVNULL,
+        stdout=asyncio.subprocess.PIPE,
+    )  # fmt: skip
+    try:
+        said, _ = await checker.communicate()
+    except asyncio.CancelledError:
+        checker.kill()
+        raise
+    verdict = msgspec.json.decode(said, type=Verdict)
+    if verdict.bad_seq is not None:
+        dirs.damaged.write_bytes(said)
+    verdict.require_good()
+
+
+def main() -> None:
+    """Check one database and print the verdict as JSON."""
+    print(msgspec.json.encode(verify.verify_log(Path(sys.argv[1]))).decode())  # noqa: T201  its answer
+
+
+if __name__ == "__main__":
+    main()
