@@ -207,13 +207,13 @@ def _ended(op: Op, row: Recorded, event: ev.OpEnded) -> None:
 
 
 def _reopened(op: Op, _: Recorded, event: ev.OpReopened) -> None:
-    """Forget how it ended; the step that it stuck at has all its attempts again."""
+    """Forget how it ended; what is not done has all its attempts again."""
     op.state, op.undoing, op.cancelled, op.fate = "waiting", event.back, False, None
     op.error = op.error if event.back else None
     op.undo_errors, op.ended_us, op.ended_boot_us = (), None, None
-    index = op.next_undo() if event.back else op.next_step()
-    if index is not None:
-        op.steps[index].attempts = op.steps[index].undo_attempts = 0
+    for step in op.steps:
+        if event.back or step.state != "done":
+            step.attempts = step.undo_attempts = 0
 
 
 def _abandoned(op: Op, _: Recorded, __: ev.OpAbandoned) -> None:

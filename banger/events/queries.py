@@ -17,7 +17,7 @@ from banger.events.fold import Op, Vm, fold_op
 from banger.events.log import EventLog
 from banger.events.projections import vm_decoder
 from banger.events.tables import ArtifactRow, OpRow, ResourceRow, VmRow, WorkRow
-from banger.model import Resource
+from banger.model import Resource, VmSpec
 
 
 class OpSummary(msgspec.Struct, frozen=True, kw_only=True):
@@ -93,6 +93,12 @@ def whole_op(log: EventLog, op_id: str) -> Op:
     whole = fold_op(log.read(stream=op_id))
     assert whole is not None
     return whole
+
+
+def spec_asked(log: EventLog, op_id: str) -> VmSpec:
+    """Give the specification of the VM that an operation was asked to create."""
+    events = (row.event for row in log.read(op=op_id, kind="vm.reserved", limit=1))
+    return next(event.spec for event in events if isinstance(event, ev.VmReserved))
 
 
 def find_op(log: EventLog, short: str) -> OpSummary:

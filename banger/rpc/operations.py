@@ -11,6 +11,7 @@ from banger.config import Dirs
 from banger.errors import NotFound, WrongState
 from banger.events import queries
 from banger.events import vocabulary as ev
+from banger.events.fold import Op
 from banger.events.log import EventLog
 from banger.rpc import protocol as p
 from banger.rpc import views
@@ -36,6 +37,7 @@ class Operations:
             p.OpsShow: self._show,
             p.OpsCancel: self._cancel,
             p.OpsRetry: self._retry,
+            p.OpsRetryUndo: self._retry_undo,
             p.OpsAbandon: self._abandon,
             p.OpsAudit: lambda _: msgspec.to_builtins(audit(log, dirs)),
             p.OpsSweep: lambda _: {"op": log.request(SWEEP.request(lane="host"))},
@@ -49,7 +51,8 @@ class Operations:
 
     def _show(self, request: p.OpsShow) -> dict[str, Any]:
         summary = queries.find_op(self._log, request.op)
-        return {"op": views.op(summary, queries.whole_op(self._log, summary.id))}
+        ahead = queries.ahead_of(self._log, summary.id)
+        return {"op": views.op(summary, queries.whole_op(self._log, summary.id), ahead)}
 
     def _cancel(self, request: p.OpsCancel) -> dict[str, Any]:
         op = queries.find_op(self._log, request.op)
@@ -61,17 +64,32 @@ class Operations:
         summary = queries.find_op(self._log, request.op)
         match summary.fate:
             case "stuck" | "abandoned":
-                return {"op": self._reopen(summary.id)}
+                return {"op": self._reopen(queries.whole_op(self._log, summary.id), back=False)}
             case "undone" | "cancelled":
                 return {"op": self._ask_anew(summary.id), "retries": summary.id}
             case fate:
                 raise WrongState(f"{summary.id} {'goes on' if fate is None else 'is done'}.", op=summary.id)
 
-    def _reopen(self, op_id: str) -> str:
-        """Go on with a stuck operation from the step it stuck at; finished steps are not done again."""
-        op = queries.whole_op(self._log, op_id)
+    def _retry_undo(self, request: p.OpsRetryUndo) -> dict[str, Any]:
+        op = self._stuck(request.op)
         one_way = {step.name for step in self._pipelines[op.kind].steps if step.forward_only}
-        back = not any(step.touched and step.name in one_way for step in op.steps)
+        passed = next((step for step in op.steps if step.touched and step.name in one_way), None)
+        if passed is not None:
+            raise WrongState(
+                f"{op.id} cannot be undone: there is no way back after {passed.title!r}.",
+                hint=f"`banger ops retry {op.id}` goes on with it.",
+                op=op.id,
+            )
+        return {"op": self._reopen(op, back=True)}
+
+    def _stuck(self, short: str) -> Op:
+        summary = queries.find_op(self._log, short)
+        if summary.fate not in ("stuck", "abandoned"):
+            raise WrongState(f"{summary.id} is not stuck but {summary.fate or summary.state}.", op=summary.id)
+        return queries.whole_op(self._log, summary.id)
+
+    def _reopen(self, op: Op, *, back: bool) -> str:
+        """Go on with a stuck operation, or on undoing it; finished steps are not done again."""
         with self._log.transaction(durable=True) as tx:
             reopened = ev.OpReopened(lane=op.lane, epoch=op.epoch, back=back)
             tx.append(op.id, reopened, op=op.id)

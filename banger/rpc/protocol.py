@@ -33,7 +33,7 @@ class Hello(Request):
 
 
 class DaemonStatus(Request):
-    """How is the daemon?
+    """Tell how the daemon is.
 
     -> {pid, version, since_us, workers, vms_running, ops_active, state_dir, read_only}.
     """
@@ -48,7 +48,11 @@ class DaemonStop(Request):
 
 
 class VmCreate(Request):
-    """Make a VM and start it -> {op, vm, name, spec}. Sizes in MiB; what is left out has a default."""
+    """Make a VM and start it -> {op, vm, name, spec}. Sizes in MiB; what is left out has a default.
+
+    While an operation makes this very VM, the request joins it -> {op, vm, name, spec, joined}; unless
+    `join` is false, or the VM is ephemeral.
+    """
 
     method = "vm.create"
     name: str | None = None
@@ -60,6 +64,8 @@ class VmCreate(Request):
     nat: bool | None = None
     start: bool = True
     ephemeral: bool = False
+    join: bool = True
+    key: str | None = None
 
 
 class OneVm(Request):
@@ -68,31 +74,40 @@ class OneVm(Request):
     vm: str
 
 
-class VmStart(OneVm):
+class ChangesVm(OneVm):
+    """A request that becomes an operation -> {op, vm, name}, and `joined` when it was under way already.
+
+    `key` makes it idempotent: repeated with the same key it gives the first operation, for ever.
+    """
+
+    key: str | None = None
+
+
+class VmStart(ChangesVm):
     """Start it -> {op, vm, name}."""
 
     method = "vm.start"
 
 
-class VmStop(OneVm):
+class VmStop(ChangesVm):
     """Switch it off gracefully -> {op, vm, name}."""
 
     method = "vm.stop"
 
 
-class VmRestart(OneVm):
+class VmRestart(ChangesVm):
     """Switch it off and start it -> {op, vm, name}."""
 
     method = "vm.restart"
 
 
-class VmKill(OneVm):
+class VmKill(ChangesVm):
     """End its VMM at once -> {op, vm, name}."""
 
     method = "vm.kill"
 
 
-class VmDelete(OneVm):
+class VmDelete(ChangesVm):
     """Delete it, whatever its state; what works on it is cancelled first -> {op, vm, name}."""
 
     method = "vm.delete"
@@ -201,9 +216,16 @@ class OpsCancel(Request):
 
 
 class OpsRetry(Request):
-    """Try a stuck operation again, on or back as it was going; ask anew for one that was undone -> {op}."""
+    """Go on with a stuck operation from the step that failed; ask anew for one that was undone -> {op}."""
 
     method = "ops.retry"
+    op: str
+
+
+class OpsRetryUndo(Request):
+    """Try again to undo a stuck operation -> {op}."""
+
+    method = "ops.retry-undo"
     op: str
 
 
@@ -272,6 +294,7 @@ class ImageBuild(Request):
 
     method = "image.build"
     image: str
+    key: str | None = None
 
 
 class ImageDelete(Request):
@@ -299,6 +322,7 @@ class KernelPull(Request):
 
     method = "kernel.pull"
     kernel: str
+    key: str | None = None
 
 
 class KernelDelete(Request):

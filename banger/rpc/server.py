@@ -98,9 +98,7 @@ class Server:
             case p.VmTether():
                 await self._tether(request, reader, writer)
             case p.VmTable(all=everything):
-                rows = self._service.vm_views()
-                shown = [row for row in rows if everything or row["state"] not in ("stopped", "failed")]
-                writer.write(views.vm_table(shown).encode())
+                writer.write(self._service.vm_table(everything=everything).encode())
                 await writer.drain()
                 writer.close()
             case _:

@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 
 from banger import __version__, proc
-from banger.config import Config, Dirs, host_memory_mib, sizes
+from banger.config import Config, Dirs, capacity, sizes
 from banger.errors import InvalidRequest, NotFound, WrongState
 from banger.events import queries
 from banger.events import vocabulary as ev
@@ -19,9 +19,9 @@ from banger.events.log import EventLog
 from banger.guest import ssh
 from banger.images import debian, store
 from banger.images import kernel as kernels
-from banger.model import Resource, VmSpec, check_artifact_name, check_vm_name
+from banger.model import Needs, Resource, VmSpec, check_artifact_name, check_vm_name
+from banger.rpc import asking, views
 from banger.rpc import protocol as p
-from banger.rpc import views
 from banger.rpc.names import random_name
 from banger.rpc.operations import Operations
 from banger.rpc.past import Past
@@ -34,6 +34,8 @@ MAX_VCPU = 64
 MIN_MEMORY_MIB = 128
 MIN_DISK_MIB = 64
 MAX_DISK_MIB = 16 << 20
+FRESH_DISK_MIB = 64
+"""What a new VM writes before its guest does anything: its disks are sparse."""
 DESIRED = {
     "vm.start": "running",
     "vm.restart": "running",
@@ -68,11 +70,11 @@ class Service:
             p.VmList: lambda _: {"vms": self.vm_views()},
             p.ImageList: lambda _: {"images": self._artifacts("image")},
             p.ImageShow: lambda r: {"image": self._artifact("image", r.image)},
-            p.ImageBuild: lambda r: self._make("image.build", "image", r.image),
+            p.ImageBuild: lambda r: self._make("image", r.image, r),
             p.ImageDelete: lambda r: self._delete("image", r.image),
             p.KernelList: lambda _: {"kernels": self._artifacts("kernel")},
             p.KernelShow: lambda r: {"kernel": self._artifact("kernel", r.kernel)},
-            p.KernelPull: lambda r: self._make("kernel.pull", "kernel", r.kernel),
+            p.KernelPull: lambda r: self._make("kernel", r.kernel, r),
             p.KernelDelete: lambda r: self._delete("kernel", r.kernel),
             **Operations(log, dirs, self._pipelines, self._create).answers,
             **Past(log).answers,
@@ -80,7 +82,7 @@ class Service:
 
     def answer(self, request: p.Request) -> dict[str, Any]:
         """Answer a plain method. Raises a BangerError."""
-        return self._answers[type(request)](request)
+        return asking.repeated(self.log, request) or self._answers[type(request)](request)
 
     # -- the daemon --------------------------------------------------------------------------
 
@@ -107,13 +109,28 @@ class Service:
 
     def vm_views(self) -> list[dict[str, Any]]:
         """Show every VM."""
-        active = queries.active_ops(self.log)
-        return [views.vm(vm, active.get(vm.id)) for vm in queries.vms(self.log)]
+        active, stuck = queries.active_ops(self.log), queries.stuck_vms(self.log)
+        return [views.vm(vm, active.get(vm.id), stuck=vm.id in stuck) for vm in queries.vms(self.log)]
+
+    def vm_table(self, *, everything: bool) -> str:
+        """Lay out the VMs, and below them the operations that wait for a person."""
+        rows = [row for row in self.vm_views() if everything or row["state"] not in ("stopped", "failed")]
+        return views.vm_table(rows) + views.stuck_lines(queries.stuck(self.log))
 
     def _vm_create(self, request: p.VmCreate) -> dict[str, Any]:
-        return self._create(self._spec(request), start=request.start)
+        spec = self._spec(request)
+        twin = self._twin(spec, start=request.start) if request.join and not request.ephemeral else None
+        return (
+            asking.reply(self.log, twin) if twin else self._create(spec, start=request.start, request=request)
+        )
 
-    def _create(self, spec: VmSpec, *, start: bool) -> dict[str, Any]:
+    def _twin(self, spec: VmSpec, *, start: bool) -> str | None:
+        """Find the operation that is making this very VM."""
+        vm = next((vm for vm in queries.vms(self.log) if vm.spec == spec), None)
+        op = None if vm is None else asking.under_way(self.log, "vm.create", vm.id)
+        return op if op and queries.whole_op(self.log, op).args["start"] == start else None
+
+    def _create(self, spec: VmSpec, *, start: bool, request: p.VmCreate | None = None) -> dict[str, Any]:
         """Take the name and ask for the VM in one transaction."""
         pipeline = self._pipelines["vm.create"]
         first = pipeline.steps[0]
@@ -124,6 +141,7 @@ class Service:
                 vm=vm,
                 name=spec.name,
                 args={"start": start},
+                needs=_needs(spec, make=True, start=start),
                 leave_out=frozenset() if start else ONLY_MAKE,
             )
             # The name is taken from here on, so the first step counts as started from here on.
@@ -131,7 +149,7 @@ class Service:
                 step=0, name=first.name, title=first.title, attempt=0, deadline_s=first.deadline_s
             )
             name = Resource(kind="name", id=spec.name)
-            tx.append(op, asked, op=op)
+            tx.append(op, asking.stamped(asked, request), op=op)
             tx.append(vm, ev.VmReserved(spec=spec, host=socket.gethostname()), op=op)
             tx.append(vm, ev.VmDesired(state="running" if start else "stopped"), op=op)
             tx.append(op, started, op=op)
@@ -151,36 +169,38 @@ class Service:
             nat=self.config.nat if request.nat is None else request.nat,
             ephemeral=request.ephemeral,
         )
-        _within("vcpu", spec.vcpu, 1, MAX_VCPU)
-        _within("memory", spec.memory_mib, MIN_MEMORY_MIB, host_memory_mib(), "MiB")
+        most = capacity(self.config, self.dirs)
+        _within("vcpu", spec.vcpu, 1, min(MAX_VCPU, most.vcpu))
+        _within("memory", spec.memory_mib, MIN_MEMORY_MIB, most.memory_mib, "MiB")
         _within("disk-size", spec.disk_mib, MIN_DISK_MIB, MAX_DISK_MIB, "MiB")
         self._artifact("image", spec.image)
         self._artifact("kernel", spec.kernel)
         return spec
 
-    def _vm_change(self, request: p.OneVm) -> dict[str, Any]:
+    def _vm_change(self, request: p.ChangesVm) -> dict[str, Any]:
         vm = queries.find_vm(self.log, request.vm)
-        return self._change(request.method, vm)
+        return self._change(request.method, vm, request)
 
-    def _change(self, kind: str, vm: Vm) -> dict[str, Any]:
-        asked = self._pipelines[kind].request(lane=vm.id, vm=vm.id, name=vm.spec.name)
+    def _change(self, kind: str, vm: Vm, request: p.ChangesVm | None = None) -> dict[str, Any]:
+        joined = asking.under_way(self.log, kind, vm.id)
+        if joined is not None:
+            return asking.reply(self.log, joined)
+        needs = _needs(vm.spec, make=False, start=kind in ("vm.start", "vm.restart"))
+        asked = self._pipelines[kind].request(lane=vm.id, vm=vm.id, name=vm.spec.name, needs=needs)
         wanted = (vm.id, ev.VmDesired(state=DESIRED[kind]))  # type: ignore[arg-type]
-        op = self.log.request(asked, wanted)
+        op = self.log.request(asking.stamped(asked, request), wanted)
         return {"op": op, "vm": vm.id, "name": vm.spec.name}
 
     def _vm_delete(self, request: p.VmDelete) -> dict[str, Any]:
         """Delete a VM in any state: what is under way for it is cancelled and undone first."""
-        return self.delete(queries.find_vm(self.log, request.vm))
+        return self.delete(queries.find_vm(self.log, request.vm), request)
 
-    def delete(self, vm: Vm) -> dict[str, Any]:
+    def delete(self, vm: Vm, request: p.VmDelete | None = None) -> dict[str, Any]:
         """Cancel what works on a VM and request its deletion; a deletion under way is joined."""
-        joined = queries.active_op(self.log, "vm.delete", vm.id)
-        if joined is not None:
-            return {"op": joined, "vm": vm.id, "name": vm.spec.name}
         for op in queries.ops(self.log, limit=100, vm=vm.id):
-            if op.state != "ended":
+            if op.state != "ended" and op.kind != "vm.delete":
                 self.log.cancel(op.id)
-        return self._change("vm.delete", vm)
+        return self._change("vm.delete", vm, request)
 
     def bury(self, vm: Vm) -> None:
         """Ask for the release of what a VM held whose VMM died by itself."""
@@ -190,7 +210,8 @@ class Service:
     def _vm_show(self, request: p.VmShow) -> dict[str, Any]:
         vm = queries.find_vm(self.log, request.vm)
         paths = self.dirs.vm(vm.id)
-        shown = views.vm(vm, queries.active_ops(self.log).get(vm.id))
+        stuck = vm.id in queries.stuck_vms(self.log)
+        shown = views.vm(vm, queries.active_ops(self.log).get(vm.id), stuck=stuck)
         return {
             "vm": shown
             | {
@@ -246,19 +267,30 @@ class Service:
         source = "local recipe" if recipe is not None else None
         return views.artifact(name, known, present=present, recipe=source)
 
-    def _make(self, kind: str, what: str, name: str) -> dict[str, Any]:
+    def _make(self, what: str, name: str, request: p.ImageBuild | p.KernelPull) -> dict[str, Any]:
         if name not in _recipes(what):
             raise NotFound(f"There is no recipe for {name!r}.", hint=f"`banger {what} list` shows them.")
-        lane = f"{what}:{name}"
-        joined = queries.active_op(self.log, kind, lane)
+        kind, lane = request.method, f"{what}:{name}"
+        joined = asking.under_way(self.log, kind, lane)
+        if joined is not None:
+            return asking.reply(self.log, joined)
         asked = self._pipelines[kind].request(lane=lane, args={"name": name}, name=name)
-        return {"op": joined or self.log.request(asked)}
+        return {"op": self.log.request(asking.stamped(asked, request))}
 
     def _delete(self, kind: str, name: str) -> dict[str, Any]:
         artifacts.deletable(self.log, kind, name)
         pipeline: Pipeline = self._pipelines[f"{kind}.delete"]
         asked = pipeline.request(lane=f"{kind}:{name}", args={"kind": kind, "name": name}, name=name)
         return {"op": self.log.request(asked)}
+
+
+def _needs(spec: VmSpec, *, make: bool, start: bool) -> Needs:
+    """Say what must be free on the host before a VM is made, started, or both."""
+    return Needs(
+        memory_mib=spec.memory_mib if start else 0,
+        vcpu=spec.vcpu if start else 0,
+        disk_mib=FRESH_DISK_MIB if make else 0,
+    )
 
 
 def _recipes(kind: str) -> dict[str, Any]:

@@ -22,12 +22,15 @@ _DOING = {
 }
 
 
-def vm(vm: Vm, active: OpSummary | None, *, then: bool = False) -> dict[str, Any]:
-    """Show a VM: asked-for and actual state side by side; `then`: as the log told it at the time."""
+def vm(vm: Vm, active: OpSummary | None, *, stuck: bool = False, then: bool = False) -> dict[str, Any]:
+    """Show a VM: asked-for and actual state side by side.
+
+    `stuck`: its last operation is; `then`: as the log told it at the time.
+    """
     return {
         "id": vm.id,
         "name": vm.spec.name,
-        "state": vm.state if then else _state(vm, active),
+        "state": vm.state if then else _state(vm, active, stuck=stuck),
         "desired": vm.desired,
         "image": vm.spec.image,
         "kernel": vm.spec.kernel,
@@ -43,10 +46,13 @@ def vm(vm: Vm, active: OpSummary | None, *, then: bool = False) -> dict[str, Any
         "accelerator": vm.accelerator,
         "reason": vm.reason,
         "op": active.id if active else None,
+        "waits_for": active.reason if active else None,
     }
 
 
-def _state(vm: Vm, active: OpSummary | None) -> str:
+def _state(vm: Vm, active: OpSummary | None, *, stuck: bool) -> str:
+    if active is None and stuck:
+        return "stuck"
     if active is not None and active.kind in _DOING:
         return _DOING[active.kind]
     if active is not None and active.kind == "vm.create" and vm.state == "stopped":
@@ -66,7 +72,7 @@ def vm_table(rows: list[dict[str, Any]]) -> str:
             [
                 (
                     row["name"],
-                    row["state"],
+                    row["state"] + (" (waits)" if row["waits_for"] else ""),
                     row["image"],
                     row["vcpu"],
                     layout.size(row["memory_mib"] << 20),
@@ -79,15 +85,24 @@ def vm_table(rows: list[dict[str, Any]]) -> str:
     )
 
 
+def stuck_lines(ops: list[OpSummary]) -> str:
+    """Name the operations that could be neither finished nor undone, one line each."""
+    return "".join(
+        f"{op.id} ({op.kind}{f' {op.name}' if op.name else ''}) is stuck: `banger ops show {op.id}`\n"
+        for op in ops
+    )
+
+
 def op_summary(op: OpSummary) -> dict[str, Any]:
     """Show an operation in one line."""
     view: dict[str, Any] = msgspec.to_builtins(op)
     return view
 
 
-def op(summary: OpSummary, op: Op) -> dict[str, Any]:
-    """Show an operation whole: its steps and what they acquired."""
+def op(summary: OpSummary, op: Op, ahead: OpSummary | None = None) -> dict[str, Any]:
+    """Show an operation whole: its steps, what they acquired, and the one `ahead` of it in its lane."""
     return op_summary(summary) | {
+        "reason": summary.reason or (f"waits for {ahead.id} ({ahead.kind})" if ahead else None),
         "args": op.args,
         "epoch": op.epoch,
         "steps": [_step(step, op) for step in op.steps],

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from banger.errors import BangerError
 from banger.events.vocabulary import OpRequested
-from banger.model import Resource
+from banger.model import Needs, Resource
 
 if TYPE_CHECKING:
     from banger.tasks.context import Ctx
@@ -72,6 +72,7 @@ class Pipeline:
         args: dict[str, Any] | None = None,
         vm: str | None = None,
         name: str | None = None,
+        needs: Needs | None = None,
         leave_out: frozenset[str] = frozenset(),
     ) -> OpRequested:
         """Make the event that asks for this operation and pins its steps."""
@@ -84,6 +85,7 @@ class Pipeline:
             lane=lane,
             vm=vm,
             name=name,
+            needs=needs,
         )
 
 

@@ -13,6 +13,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import msgspec
 import structlog
 
 from banger import log as logging
@@ -244,7 +245,7 @@ class Saga:
             child = queries.active_op(self._log, park.request.kind, park.request.lane)
             if child is None:
                 child = tx.mint("op")
-                tx.append(child, park.request, op=child)
+                tx.append(child, msgspec.structs.replace(park.request, parent=self.op.id), op=child)
             self._append(tx, ev.OpParked(on=child, reason=park.reason))
             return None
 

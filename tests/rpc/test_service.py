@@ -62,10 +62,10 @@ def test_ids_are_unique_in_a_burst_and_when_the_clock_is_set_back(
 
 
 def test_a_name_is_taken_by_the_request_itself(service: Service) -> None:
-    """The second request fails before any work is done, and leaves no operation."""
+    """Another request for it fails before any work is done, and leaves no operation."""
     service.answer(p.VmCreate(name="web"))
     with pytest.raises(AlreadyExists):
-        service.answer(p.VmCreate(name="web"))
+        service.answer(p.VmCreate(name="web", vcpu=2))
     assert queries.active_count(service.log) == 1
 
 
@@ -142,7 +142,7 @@ def test_trouble_in_housekeeping_does_not_end_the_daemon(
     monkeypatch.setattr(daemons, "HOUSEKEEPING_S", 0.01)
 
     async def keep_house() -> None:
-        task = asyncio.create_task(daemons.Daemon(dirs, Config())._housekeeping())
+        task = asyncio.create_task(daemons.Daemon(dirs, Config(), read_only=False)._housekeeping())
         while len(tries) < 3:
             assert not task.done(), task.exception()
             await asyncio.sleep(0.01)
@@ -192,20 +192,33 @@ def stuck(service: Service, log: EventLog, *, one_way: bool) -> str:
     return op
 
 
-@pytest.mark.parametrize("one_way", [True, False])
-def test_a_stuck_operation_is_shown_and_goes_on_where_it_was_going(
-    service: Service, dirs: Dirs, log: EventLog, one_way: bool
+@pytest.mark.parametrize("back", [True, False])
+def test_a_stuck_operation_is_shown_and_goes_on(
+    service: Service, dirs: Dirs, log: EventLog, back: bool
 ) -> None:
-    """Past its point of no return it goes on; before it, it goes on being undone."""
-    op = stuck(service, log, one_way=one_way)
-    assert queries.stuck_in(dirs.database) == [(op, "vm.delete" if one_way else "vm.create", "web")]
+    """`retry` goes on from the step that failed, `retry-undo` with the undoing; until then all show it."""
+    op = stuck(service, log, one_way=False)
+    assert queries.stuck_in(dirs.database) == [(op, "vm.create", "web")]
     assert queries.active_count(log) == 0
-    assert service.answer(p.OpsRetry(op=op)) == {"op": op}
+    assert [row["state"] for row in service.vm_views()] == ["stuck"]
+    assert f"{op} (vm.create web) is stuck" in service.vm_table(everything=True)
+    assert service.answer(p.OpsRetryUndo(op=op) if back else p.OpsRetry(op=op)) == {"op": op}
     reopened = fold_op(log.read(stream=op))
     assert reopened is not None
-    assert reopened.undoing is not one_way
+    assert reopened.undoing is back
     assert queries.stuck(log) == []
+    assert "stuck" not in service.vm_table(everything=True)
     assert log.rebuild() == []
+
+
+def test_there_is_no_way_back_past_the_point_of_no_return(service: Service, log: EventLog) -> None:
+    """Its undoing cannot be tried again, and it says so; going on can."""
+    op = stuck(service, log, one_way=True)
+    with pytest.raises(WrongState, match="no way back after 'end the VMM'"):
+        service.answer(p.OpsRetryUndo(op=op))
+    assert service.answer(p.OpsRetry(op=op)) == {"op": op}
+    with pytest.raises(WrongState, match="is not stuck but waiting"):
+        service.answer(p.OpsRetryUndo(op=op))
 
 
 def test_a_stuck_operation_is_given_up(service: Service, dirs: Dirs, log: EventLog) -> None:
