@@ -253,6 +253,12 @@ def _sizes(host: Host) -> Iterator[Check]:
     yield Check(name="default sizes", status="pass", detail=detail)
 
 
+def _capacity(host: Host) -> Iterator[Check]:
+    most = config.capacity(host.config, host.dirs)
+    detail = f"VMs may have {most.memory_mib} MiB of memory and {most.vcpu} virtual CPUs together"
+    yield Check(name="capacity", status="pass", detail=detail)
+
+
 def _stuck_operations(host: Host) -> Iterator[Check]:
     """Warn of operations that wait for a person."""
     found = queries.stuck_in(host.dirs.database)
@@ -261,7 +267,7 @@ def _stuck_operations(host: Host) -> Iterator[Check]:
             name="stuck operation",
             status="warn",
             detail=f"{op} ({kind}{f' {name}' if name else ''}) could be neither finished nor undone.",
-            hint=f"`banger ops show {op}` tells why; `banger ops retry {op}` or `banger ops abandon {op}`.",
+            hint=f"`banger ops show {op}` tells why; then `ops retry`, `ops retry-undo` or `ops abandon`.",
         )
     if not found:
         yield Check(name="operations", status="pass", detail="None is stuck.")
@@ -289,6 +295,7 @@ EXAMINATIONS: tuple[Callable[[Host], Iterator[Check]], ...] = (
     _memory,
     _acceleration,
     _sizes,
+    _capacity,
     _stuck_operations,
     _offered,
 )

@@ -52,7 +52,8 @@ class Verdict(Value):
             raise LogDamaged(
                 f"Row {self.bad_seq} is the first bad one of the log: {self.why}",
                 hint=f"{self.rows} rows before it are good. Nothing is written to a damaged log:"
-                " `banger daemon start --read-only` shows what there is, `banger events export` saves it.",
+                " `banger daemon start --read-only` shows what there is, `banger state salvage` goes on"
+                " with the good rows.",
             )
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from banger import layout
+from banger.errors import Busy
 from banger_cli import wire
 from banger_cli.commands import Branch, Leaf, stacked
 from banger_cli.output import Out
@@ -35,9 +36,9 @@ Examples:
 
 state = Branch(
     "state",
-    {"rebuild": "events:rebuild"},
+    {"rebuild": "events:rebuild", "salvage": "events:salvage"},
     help="What is known of VMs, operations and resources: a projection of the log.",
-    epilog="Examples:\n  banger state rebuild",
+    epilog="Examples:\n  banger state rebuild\n  banger state salvage       after damage to the log",
 )
 
 
@@ -159,3 +160,32 @@ def _rebuilt(reply: Json) -> Iterator[str]:
         yield f"these were not what the log says, and are now: {', '.join(reply['changed'])}"
     else:
         yield "identical to what it was"
+
+
+@click.command("salvage", cls=Leaf, epilog="Examples:\n  banger events verify\n  banger state salvage")
+@click.pass_obj
+def salvage(out: Out) -> None:
+    """Go on with the good rows of a damaged log. The damaged file is kept beside it.
+
+    Operations that were under way at the last good row go on from there. Needs the daemon stopped.
+    """
+    from banger import config
+    from banger.events.salvage import salvage as begin_anew
+    from banger.rpc.daemon import only_one
+
+    if wire.dial() is not None:
+        raise Busy("A daemon has the log open.", hint="`banger daemon stop` ends it.")
+    dirs = config.find_dirs()
+    with only_one(dirs):
+        found = begin_anew(dirs.database)
+    document = {"rows": found.rows, "why": found.why, "kept": str(found.kept) if found.kept else None}
+    out.show(document, _salvaged(document))
+
+
+def _salvaged(found: Json) -> Iterator[str]:
+    if found["kept"] is None:
+        yield f"The log is good, all {found['rows']} events of it: it is left as it is."
+        return
+    yield f"The log goes on after its {found['rows']} good events. {found['why']}"
+    yield f"What was found is kept in {found['kept']}"
+    yield "`banger ops audit` tells what is on the host and not in the log."

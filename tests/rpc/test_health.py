@@ -131,3 +131,20 @@ def test_old_damage_in_a_long_log_is_found_beside_the_daemon(
     sql("UPDATE event SET time_us = time_us - 1 WHERE seq = 2")(dirs.database)
     health.require_good(dirs)
     assert not dirs.damaged.exists()
+
+
+def test_a_damaged_log_is_gone_on_with_from_its_good_rows(home: Home) -> None:
+    """`state salvage` keeps the damaged file, and banger works again with what is good."""
+    sql("UPDATE event SET data = replace(data, 'done', 'gone') WHERE seq = 4")(home.dirs.database)
+    found = events(home)
+    salvaged = home.json("state", "salvage")
+    assert (salvaged["rows"], events(home)) == (3, found[:3])
+    with sqlite3.connect(salvaged["kept"]) as db:
+        assert db.execute("SELECT * FROM event").fetchall() == found
+    ops = home.json("ops", "list")["ops"]
+    assert {op["id"] for op in ops} == {found[0][1], found[2][1]}
+    assert home.json("events", "verify")["ok"] is True
+    busy = home.banger("state", "salvage")
+    assert (busy.returncode, "banger daemon stop" in busy.stderr) == (4, True)
+    assert home.banger("daemon", "stop").returncode == 0
+    assert home.json("state", "salvage")["kept"] is None, "a good log is left alone"
