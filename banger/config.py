@@ -187,10 +187,14 @@ class Config(Value):
 
 
 class Capacity(Value):
-    """How much of the host VMs may have together; `disk` is the directory whose free space counts."""
+    """How much of the host VMs may have together; `disk` is the directory whose free space counts.
+
+    `at_once` bounds how many operations make or start VMs at the same time.
+    """
 
     memory_mib: int
     vcpu: int
+    at_once: int
     disk: Path
     disk_reserve_mib: int = 256
 
@@ -242,11 +246,17 @@ VCPU_PER_CPU = 16
 """Guests are idle most of the time; 16 is also what OpenStack's scheduler allows by default."""
 
 
+def workers(config: Config) -> int:
+    """Resolve how many workers there are: from config, else one for each CPU, and at least four."""
+    return config.workers or max(4, os.cpu_count() or 1)
+
+
 def capacity(config: Config, dirs: Dirs) -> Capacity:
     """Resolve what VMs may have together: nine tenths of the RAM, and 16 virtual CPUs for each CPU."""
     return Capacity(
         memory_mib=config.capacity_memory_mib or host_memory_mib() * 9 // 10,
         vcpu=config.capacity_vcpu or host_cpus() * VCPU_PER_CPU,
+        at_once=max(1, workers(config) - 1),  # one is left for what is short and makes room
         disk=dirs.state,
     )
 

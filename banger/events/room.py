@@ -34,6 +34,7 @@ _TAKEN = """
     WHERE vm != :lane
       AND (live = 1 OR vm IN (SELECT lane FROM work WHERE epoch > 0 AND memory_mib > 0))
 """
+_MAKING = "SELECT count(*) FROM work WHERE state = 'running' AND memory_mib + vcpu + disk_mib > 0"
 _DISK_BEGUN = "SELECT count(*), coalesce(sum(disk_mib), 0) FROM work WHERE epoch > 0 AND disk_mib > 0"
 
 
@@ -79,6 +80,9 @@ def _lacking(log: EventLog, first: _First, capacity: Capacity | None) -> str | N
     """Say what the host lacks for an operation; None when it fits, or nothing bounds it."""
     if capacity is None:
         return None
+    making = log.db.execute(_MAKING).fetchone()[0]
+    if making >= capacity.at_once:
+        return f"waits for its turn: {making} of {capacity.at_once} at once are being made or started"
     memory_mib, vcpu = log.db.execute(_TAKEN, {"lane": first.lane}).fetchone()
     for what, needed, taken, limit, unit in (
         ("memory", first.memory_mib, memory_mib, capacity.memory_mib, " MiB"),

@@ -18,12 +18,13 @@ from banger.events.log import EventLog, Tx, boot_us
 from banger.model import Process
 
 # The oldest operation of its lane; or one that was cancelled before anyone took it. One that needs
-# room on the host is taken only when it is the one that `fits`.
+# room on the host is taken only when it is the one that `fits`, and after those that need none: they
+# are short, and make room.
 _NEXT = f"""
     SELECT w.op, w.epoch FROM work w
     WHERE {room.READY} AND ((w.cancel = 1 AND w.epoch = 0) OR {room.OLDEST_OF_ITS_LANE})
       AND (w.op = :fits OR NOT ({room.NEEDS_ROOM}))
-    ORDER BY w.seq LIMIT 1
+    ORDER BY {room.NEEDS_ROOM}, w.seq LIMIT 1
 """  # noqa: S608  constants
 
 
@@ -55,6 +56,13 @@ def _next(log: EventLog, capacity: Capacity | None) -> tuple[str, int] | None:
     question = {"now": boot_us(), "far": room.FAR_US, "fits": room.fits(log, capacity)}
     found: tuple[str, int] | None = log.db.execute(_NEXT, question).fetchone()
     return found
+
+
+def tell_why(log: EventLog, capacity: Capacity) -> None:
+    """Tell the operations that wait for room why: while all workers are busy, nobody else looks."""
+    if room.untold(log, capacity):
+        with log.transaction() as tx:
+            room.tell_why(tx, capacity)
 
 
 def let_go(log: EventLog, worker: Process) -> None:

@@ -62,6 +62,7 @@ class Daemon:
     def __init__(self, dirs: config.Dirs, settings: config.Config, *, read_only: bool):
         self.stopping = asyncio.Event()
         self._dirs = dirs
+        self._capacity = config.capacity(settings, dirs)
         self._log = EventLog(dirs.database, dirs.work_bell, dirs.event_bell, "daemon", read_only=read_only)
         self._service = Service(
             dirs, settings, self._log, since_us=time.time_ns() // 1000, stop=self.stopping.set
@@ -141,6 +142,7 @@ class Daemon:
             if self._log.mend():
                 logging.get().warning("rows of the projections were lost; made again from the log")
             work.reap(self._log)
+            work.tell_why(self._log, self._capacity)
         except BangerError as error:
             logging.get().error("cannot keep house", error=error.message)
 

@@ -37,7 +37,7 @@ class Supervisor:
     def __init__(self, dirs: Dirs, settings: Config):
         self._dirs = dirs
         self._settings = settings
-        self._count = settings.workers or max(4, os.cpu_count() or 1)
+        self._count = config.workers(settings)
         self._started: dict[int, float] = {}
         self._stopping = False
 

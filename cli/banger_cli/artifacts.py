@@ -9,9 +9,10 @@ import click
 
 from banger import layout
 from banger_cli import wire
-from banger_cli.commands import Branch, Leaf, wait_option
+from banger_cli.commands import Branch, Leaf, key_option, op_line, wait_options
 from banger_cli.follow import wait
-from banger_cli.output import Out
+from banger_cli.interrupt import Interruption
+from banger_cli.output import Out, shortened
 
 Json = dict[str, Any]
 
@@ -53,7 +54,7 @@ def _lister(kind: str) -> click.Command:
                 "yes" if each["present"] else "when needed",
                 None if each["size_bytes"] is None else layout.size(each["size_bytes"]),
                 layout.ago(each["created_us"]),
-                (each["digest"] or "")[:16] or None,
+                each["digest"] and shortened(each["digest"]),
             )
             for each in reply[f"{kind}s"]
         ]
@@ -93,14 +94,15 @@ def _story(found: Json) -> Iterator[str]:
 def _maker(kind: str, verb: str, sentence: str, done: str) -> click.Command:
     @click.command(verb, cls=Leaf, help=sentence, epilog=f"Examples:\n  banger {kind} {verb} debian-12")
     @click.argument("name", metavar="NAME")
-    @wait_option
+    @wait_options
+    @key_option
     @click.pass_obj
-    def maker(out: Out, name: str, waits: bool) -> None:
-        reply = wire.call(f"{kind}.{verb}", **{kind: name})
+    def maker(out: Out, name: str, waits: bool, on_interrupt: str | None, key: str | None) -> None:
+        reply = wire.call(f"{kind}.{verb}", key=key, **{kind: name})
         if not waits:
-            out.show(reply, [f"op: {reply['op']}"])
+            out.show(reply, [op_line(reply)])
             return
-        result = wait(reply["op"], out)
+        result = wait(reply["op"], out, Interruption(out.screen, on_interrupt, reply["op"]))
         out.show({**reply, **result}, [f"{name} is {done} in {layout.seconds(result['seconds'])}"])
 
     return maker

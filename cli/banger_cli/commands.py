@@ -111,6 +111,27 @@ def stacked(options: Sequence[Callable[[Function], Function]]) -> Callable[[Func
     return add
 
 
-wait_option = click.option(
-    "--wait/--no-wait", "waits", default=True, help="Wait until it is done.", show_default=True
+interrupt_option = click.option(
+    "--on-interrupt",
+    type=click.Choice(["detach", "cancel"]),
+    help="What Ctrl-C does to it while you wait: leave it alone, or undo it. On a terminal you are asked.",
+)
+
+key_option = click.option(
+    "--idempotency-key", "key", metavar="KEY", help="Repeated with its key, a request follows the first one."
+)
+
+
+def op_line(reply: dict[str, Any]) -> str:
+    """Show the operation that a request became, or that it joined."""
+    return f"op: {reply['op']}{' (asked for before: joined)' if reply.get('joined') else ''}"
+
+
+wait_options = stacked(
+    [
+        click.option(
+            "--wait/--no-wait", "waits", default=True, help="Wait until it is done.", show_default=True
+        ),
+        interrupt_option,
+    ]
 )

@@ -1,13 +1,15 @@
-"""Wait for an operation: show its stages, survive the daemon's death, leave on Ctrl-C."""
+"""Wait for an operation: show its stages, survive the daemon's death, do on Ctrl-C what is wanted."""
 
 from __future__ import annotations
 
+import contextlib
 import io
-from collections.abc import Callable, Iterator
-from typing import Any, ClassVar
+from collections.abc import Callable, Generator, Iterator
+from typing import Any
 
 from banger.errors import BangerError, Cancelled, OperationFailed, Stuck, from_dict
 from banger_cli import wire
+from banger_cli.interrupt import DETACH, Interruption, uncut
 from banger_cli.output import Out
 from banger_cli.screen import Screen
 from banger_cli.stages import Stages
@@ -16,53 +18,114 @@ Json = dict[str, Any]
 MAX_LOST = 3
 
 
-class Detached(BangerError):
-    """Detached; the operation goes on."""
+class Cursor:
+    """How far a follower has come, so that asking again loses and repeats nothing.
 
-    code: ClassVar[str] = "detached"
-    exit_code: ClassVar[int] = 130
+    An operation that is waited for may have begun before: what it did until then comes late, with
+    smaller numbers. From there on everything is asked for again, and what was seen is passed over.
+    """
 
-    def __init__(self, op: str):
-        super().__init__(
-            hint=f"`banger ops follow {op}` shows it, `banger ops cancel {op}` undoes it.", op=op
-        )
+    def __init__(self, after: int = 0):
+        self._start = self.last = after
+        self._seen: set[int] = set()
+        self._joined = False
+
+    @property
+    def after(self) -> int:
+        """The event after which to ask."""
+        return self._start if self._joined else self.last
+
+    def has(self, event: Json) -> bool:
+        """Tell whether an event was seen."""
+        return event["seq"] in self._seen
+
+    def move(self, event: Json) -> None:
+        """Note that an event was seen."""
+        self._seen.add(event["seq"])
+        self.last = max(self.last, event["seq"])
+        self._joined = self._joined or event["type"] == "op.parked"
 
 
-def events(op: str, *, idle: Callable[[], None] | None = None, after: int = 0) -> Iterator[Json]:
+def events(op: str, *, after: int = 0) -> Iterator[Json]:
     """Give each event line of an operation once, in order, and at last the line with its result.
 
-    A lost connection is made again, and the daemon started again, from the last event seen.
-    Raises ConnectionLost when that brings nothing new three times in a row.
+    A lost connection is made again, and the daemon started again, from the last event seen; that
+    is said on standard error. Raises ConnectionLost when it brings nothing new three times in a row.
     """
-    lost = 0
+    cursor = Cursor(after)
+    for line in _lines(op, cursor, lost=_say_lost):
+        if "event" in line:
+            cursor.move(line["event"])
+        yield line
+
+
+def _lines(
+    op: str, cursor: Cursor, *, lost: Callable[[int], None], idle: Callable[[], None] | None = None
+) -> Generator[Json, None, None]:
+    """Give what the cursor has not seen; whoever takes a line moves it."""
+    losses = pid = gone = 0
     while True:
         try:
             with wire.connect() as daemon:
-                for line in daemon.stream("ops.follow", idle=idle, op=op, after=after):
-                    yield line
+                pid = daemon.daemon_pid()
+                for line in daemon.stream("ops.follow", idle=idle, op=op, after=cursor.after):
                     if "result" in line:
+                        yield line
                         return
-                    after, lost = line["event"]["seq"], 0
+                    if not cursor.has(line["event"]):
+                        yield line
+                        losses = 0
         except wire.ConnectionLost:
-            lost += 1
-            if lost == MAX_LOST:
+            losses += 1
+            if losses == MAX_LOST:
                 raise
+            if pid != gone:  # one that is dying may be reached, and lost, once more
+                gone = pid
+                lost(cursor.last)
 
 
-def follow(op: str, screen: Screen | None = None, *, after: int = 0) -> Json:
+def _say_lost(seq: int) -> None:
+    Screen().line(f"banger: the daemon went away; following on after event {seq}")
+
+
+def follow(
+    op: str, screen: Screen | None = None, *, after: int = 0, interruption: Interruption | None = None
+) -> Json:
     """Wait until an operation has ended, its stages on a screen; give its result, whatever its fate.
 
-    Raises Detached on Ctrl-C: the operation itself goes on.
+    The result has `needless` when all was so already. Ctrl-C leaves it alone, which raises Detached,
+    unless `interruption` says otherwise.
     """
-    stages = Stages(op, screen or Screen(io.StringIO()))
+    screen = screen or Screen(io.StringIO())
+    interruption = interruption or Interruption(screen, DETACH, op)
+    stages, cursor = Stages(op, screen), Cursor(after)
+    while True:
+        try:
+            result = _watch(op, stages, cursor)
+            break
+        except KeyboardInterrupt:
+            interruption.meet(op, undoing=stages.turned_back)
+    if interruption.cancelled and result["fate"] == "done":
+        screen.line(f"{op} was done before it could be cancelled.")
+    return {**result, "needless": True} if stages.needless else result
+
+
+def _watch(op: str, stages: Stages, cursor: Cursor) -> Json:
+    """Draw what the cursor has not seen up to the end; KeyboardInterrupt never cuts an event in two."""
+
+    def lost(seq: int) -> None:
+        stages.close()
+        _say_lost(seq)
+
     result: Json = {}
     try:
-        for line in events(op, idle=stages.tick, after=after):
-            if "event" in line:
-                stages.feed(line["event"])
-            result = line.get("result", result)
-    except KeyboardInterrupt:
-        raise Detached(op) from None
+        with contextlib.closing(_lines(op, cursor, lost=lost, idle=stages.tick)) as lines:
+            for line in lines:
+                if "event" in line:
+                    with uncut():
+                        stages.feed(line["event"])
+                        cursor.move(line["event"])
+                result = line.get("result", result)
     finally:
         stages.close()
     return result
@@ -89,6 +152,9 @@ def settle(result: Json) -> Json:
     raise error
 
 
-def wait(op: str, out: Out) -> Json:
-    """Show an operation's stages until it is done, and give its result; raises as `settle` does."""
-    return settle(follow(op, out.screen))
+def wait(op: str, out: Out, interruption: Interruption | None = None) -> Json:
+    """Show an operation's stages until it is done, and give its result.
+
+    Raises as `settle` and `follow` do.
+    """
+    return settle(follow(op, out.screen, interruption=interruption))

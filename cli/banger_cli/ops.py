@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import click
@@ -11,9 +12,11 @@ import click
 from banger import layout
 from banger.errors import BangerError, Cancelled, WrongState
 from banger_cli import wire
-from banger_cli.commands import Branch, Leaf, wait_option
+from banger_cli.bundle import replayed
+from banger_cli.commands import Branch, Leaf, wait_options
 from banger_cli.follow import events, follow, settle, wait
-from banger_cli.output import Out
+from banger_cli.interrupt import Interruption
+from banger_cli.output import Out, shortened
 from banger_cli.screen import Screen
 
 Json = dict[str, Any]
@@ -26,8 +29,10 @@ branch = Branch(
         "follow": "ops:follow_",
         "cancel": "ops:cancel",
         "retry": "ops:retry",
+        "retry-undo": "ops:retry_undo",
         "abandon": "ops:abandon",
         "audit": "ops:audit",
+        "bundle": "bundle:bundle",
     },
     aliases={"ls": "list"},
     help="See what was asked for and what became of it, step by step.",
@@ -52,14 +57,22 @@ def list_(out: Out, vm: str | None, limit: int) -> None:
     """List operations, the latest first."""
     ops = wire.call("ops.list", vm=vm, limit=limit)["ops"]
     rows = [
-        (op["id"], op["kind"], op["name"], op["fate"] or op["state"], op["step"], _took(op), _asked(op))
+        (
+            op["id"],
+            op["kind"],
+            op["name"],
+            op["fate"] or op["state"],
+            op["reason"] or op["step"],
+            _took(op),
+            _asked(op),
+        )
         for op in ops
     ]
     out.show({"ops": ops}, layout.table(("OP", "KIND", "NAME", "STATE", "STEP", "TOOK", "ASKED"), rows))
 
 
 def _took(op: Json) -> str | None:
-    return None if op["ended_us"] is None else layout.seconds((op["ended_us"] - op["requested_us"]) / 1e6)
+    return None if op["seconds"] is None else layout.seconds(op["seconds"])
 
 
 def _asked(op: Json) -> str:
@@ -69,13 +82,22 @@ def _asked(op: Json) -> str:
 @click.command("show", cls=Leaf, epilog="""\
 Examples:
   banger ops show op-k3f9a2
-  banger ops show op-k3f9a2 --json""")  # fmt: skip
-@click.argument("op", metavar="OP")
+  banger ops show op-k3f9a2 --json
+  banger ops show --bundle op-k3f9a2.bundle.json""")  # fmt: skip
+@click.argument("op", metavar="OP", required=False)
+@click.option("--bundle", type=click.Path(path_type=Path), metavar="FILE", help="Tell it from a bundle.")
 @click.pass_obj
-def show(out: Out, op: str) -> None:
-    """Show one operation, step by step."""
-    found = wire.call("ops.show", op=op)["op"]
+def show(out: Out, op: str | None, bundle: Path | None) -> None:
+    """Show one operation, step by step; from a bundle without a daemon."""
+    found = _found(op) if bundle is None else replayed(bundle, op)
     out.show({"op": found}, _story(found))
+
+
+def _found(op: str | None) -> Json:
+    if op is None:
+        raise click.UsageError("Missing argument 'OP'.", click.get_current_context())
+    found: Json = wire.call("ops.show", op=op)["op"]
+    return found
 
 
 def _story(op: Json) -> Iterator[str]:
@@ -85,6 +107,8 @@ def _story(op: Json) -> Iterator[str]:
             ("kind", op["kind"]),
             ("vm", f"{op['name']} ({op['vm']})" if op["vm"] else None),
             ("state", op["fate"] or op["state"]),
+            ("waits", (op["reason"] or "").removeprefix("waits ") or None),
+            ("for", op["parent"]),
             ("asked", layout.moment(op["requested_us"])),
             ("took", _took(op)),
             ("claims", op["epoch"] if op["epoch"] > 1 else None),
@@ -115,7 +139,7 @@ def _step(step: Json) -> tuple[str, str | None, int | None, str | None, str]:
 
 
 def _facts(facts: Json) -> str:
-    return " ".join(f"{key}={value}" for key, value in facts.items())
+    return " ".join(f"{key}={shortened(value)}" for key, value in facts.items())
 
 
 @click.command("follow", cls=Leaf, epilog="""\
@@ -153,9 +177,9 @@ def _exit_code(result: Json) -> int:
 Examples:
   banger ops cancel op-k3f9a2""")  # fmt: skip
 @click.argument("op", metavar="OP")
-@wait_option
+@wait_options
 @click.pass_obj
-def cancel(out: Out, op: str, waits: bool) -> None:
+def cancel(out: Out, op: str, waits: bool, on_interrupt: str | None) -> None:
     """Stop an operation and undo what it has done.
 
     Fails when it ended before it could be stopped.
@@ -164,7 +188,7 @@ def cancel(out: Out, op: str, waits: bool) -> None:
     if not waits:
         out.show(reply, [f"{reply['op']} is asked to stop"])
         return
-    result = follow(reply["op"], out.screen)
+    result = follow(reply["op"], out.screen, interruption=Interruption(out.screen, on_interrupt, reply["op"]))
     if result["fate"] == "done":
         raise WrongState("It was done before it could be stopped.", op=reply["op"])
     try:
@@ -177,25 +201,38 @@ def cancel(out: Out, op: str, waits: bool) -> None:
 Examples:
   banger ops retry op-k3f9a2""")  # fmt: skip
 @click.argument("op", metavar="OP")
-@wait_option
+@wait_options
 @click.pass_obj
-def retry(out: Out, op: str, waits: bool) -> None:
-    """Go on with an operation that is stuck; finished steps stay.
+def retry(out: Out, op: str, waits: bool, on_interrupt: str | None) -> None:
+    """Go on with an operation that is stuck, from the step that failed; finished steps stay.
 
-    It goes on from the step it stuck at. One that was undone is asked for anew, as another operation.
+    One that was undone is asked for anew, as another operation.
     """
-    reply = wire.call("ops.retry", op=op)
+    _try_again(out, "ops.retry", op, waits, on_interrupt, ("done",))
+
+
+@click.command("retry-undo", cls=Leaf, epilog="""\
+Examples:
+  banger ops retry-undo op-k3f9a2""")  # fmt: skip
+@click.argument("op", metavar="OP")
+@wait_options
+@click.pass_obj
+def retry_undo(out: Out, op: str, waits: bool, on_interrupt: str | None) -> None:
+    """Go on undoing an operation that is stuck, from the step that could not be undone."""
+    _try_again(out, "ops.retry-undo", op, waits, on_interrupt, ("undone", "cancelled"))
+
+
+def _try_again(
+    out: Out, method: str, op: str, waits: bool, on_interrupt: str | None, wanted: tuple[str, ...]
+) -> None:
+    reply = wire.call(method, op=op)
     if not waits:
         out.show(reply, [f"op: {reply['op']}"])
         return
-    result = _wait_from_here(reply["op"], out)
+    result = follow(reply["op"], out.screen, interruption=Interruption(out.screen, on_interrupt, reply["op"]))
+    if result["fate"] not in wanted:
+        settle(result)
     out.show({**reply, **result}, [f"{reply['op']} is {result['fate']}"])
-
-
-def _wait_from_here(op: str, out: Out) -> Json:
-    """Wait for an end that is still to come: what was before is in the log already."""
-    result = follow(op, out.screen)
-    return result if result["fate"] == "undone" else settle(result)
 
 
 @click.command("abandon", cls=Leaf, epilog="""\

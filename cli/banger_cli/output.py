@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import sys
 from collections.abc import Iterable
 from typing import Any
@@ -14,6 +15,7 @@ from banger_cli.escape import escape
 from banger_cli.screen import Screen
 
 SIGPIPE_EXIT = 141
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 class Out:
@@ -66,6 +68,12 @@ class Out:
             self.screen.line(f"  hint: {error.hint}")
         if error.op:
             self.screen.line(f"  op: {error.op}")
+
+
+def shortened(value: object) -> str:
+    """Show a value in a table's cell; of a SHA-256 the first twelve digits are enough for people."""
+    text = str(value)
+    return text[:12] if _SHA256.fullmatch(text) else text
 
 
 def wants_json(words: list[str]) -> bool:

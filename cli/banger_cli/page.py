@@ -28,11 +28,12 @@ Operations
   ops follow    watch one, from its first event
   ops cancel    stop one and undo it
   ops retry     go on with one that is stuck, or ask again for one that was undone
-  ops abandon   give up one that is stuck
+  ops retry-undo, abandon           undo one that is stuck, or give it up
   ops audit     is anything left on the host that is nobody's?
+  ops bundle    all about one in a file, for a bug report
 
   events list, tail, export, verify     the log that all of this is made from
-  state rebuild                         make it again from the log
+  state rebuild, salvage                make it again from the log; go on after damage
 
 Images and kernels
   image list, show, build, delete
@@ -60,6 +61,9 @@ Exit codes
   8    this host lacks something (`banger doctor` tells what)
   9    the guest cannot be reached
   130  Ctrl-C; an operation that was being waited for goes on
+
+Ctrl-C while you wait for an operation asks, on a terminal, whether to detach (130), to cancel it (6,
+once it is undone) or to go on waiting. Elsewhere --on-interrupt decides: detach, unless it is cancel.
 
 `vm run -- CMD`, `vm exec` and `vm ssh` give the exit code of the command inside, and 128+n
 when it died of signal n. With --json an error is {"error": {"code", "message", "hint", "op"}} on

@@ -13,8 +13,10 @@ import click
 from banger import layout
 from banger.errors import BangerError, NotFound
 from banger_cli import session, wire
-from banger_cli.follow import Detached, follow, settle, wait
+from banger_cli.commands import interrupt_option
+from banger_cli.follow import follow, settle, wait
 from banger_cli.inside import enter, execute, remind
+from banger_cli.interrupt import DETACH, Detached, Interruption
 from banger_cli.output import Out
 from banger_cli.spec import CreatesWithWords, spec_line, spec_options
 
@@ -33,19 +35,33 @@ Next: banger vm list, banger vm delete NAME""")  # fmt: skip
 @click.option("--rm", is_flag=True, help="Delete the VM at the end, whatever happens.")
 @click.option("-d", "--detach", is_flag=True, help="Leave it running and come back; prints its name.")
 @spec_options
+@interrupt_option
 @click.pass_obj
-def run(out: Out, /, rm: bool, detach: bool, words: tuple[str, ...], **spec: Any) -> int:
+def run(
+    out: Out,
+    /,
+    rm: bool,
+    detach: bool,
+    on_interrupt: str | None,
+    words: tuple[str, ...],
+    **spec: Any,
+) -> int:
     """Create a VM and go inside, or run one command in it.
 
     The command's exit code is banger's. Only its output is on standard output; the stages are
     on standard error.
     """
     interactive = not (detach or words or out.as_json) and session.stdin_is_terminal() and sys.stdout.isatty()
-    _refuse_nonsense(rm=rm, detach=detach, command=bool(words), interactive=interactive)
+    _refuse_nonsense(
+        rm=rm, on_interrupt=on_interrupt, detach=detach, command=bool(words), interactive=interactive
+    )
     with wire.connect() as daemon:
-        made = daemon.request("vm.create", start=True, ephemeral=rm, **spec)
+        made = daemon.request("vm.create", start=True, ephemeral=rm, join=False, **spec)
         with _gone_at_end(out, daemon, made) if rm else contextlib.nullcontext():
-            ready = _boot(out, made)
+            interruption = Interruption(out.screen, DETACH if rm else on_interrupt, made["op"])
+            ready = _boot(out, made, interruption)
+            if interruption.cancelled and (words or interactive):
+                raise _too_late(made)
             if words:
                 code = execute(out, made["vm"], words, about=ready)
             elif interactive:
@@ -58,20 +74,34 @@ def run(out: Out, /, rm: bool, detach: bool, words: tuple[str, ...], **spec: Any
     return code
 
 
-def _refuse_nonsense(*, rm: bool, detach: bool, command: bool, interactive: bool) -> None:
+def _refuse_nonsense(
+    *, rm: bool, on_interrupt: str | None, detach: bool, command: bool, interactive: bool
+) -> None:
     here = click.get_current_context()
     if detach and (rm or command):
         raise click.UsageError(f"-d does not go with {'--rm' if rm else 'a command'}.", here)
+    if rm and on_interrupt:
+        raise click.UsageError(
+            "--rm deletes the VM whatever happens; --on-interrupt does not go with it.", here
+        )
     if rm and not (command or interactive):
         raise click.UsageError("--rm needs a command after --, or a terminal for a shell.", here)
 
 
-def _boot(out: Out, made: Json) -> Json:
+def _boot(out: Out, made: Json, interruption: Interruption) -> Json:
     out.note(spec_line(made["spec"]))
     out.note(f"op: {made['op']}")
-    result = wait(made["op"], out)
+    result = wait(made["op"], out, interruption)
     out.note(f"ready in {layout.seconds(result['seconds'])}")
     return {**made, "fate": result["fate"], "seconds": result["seconds"]}
+
+
+def _too_late(made: Json) -> Detached:
+    """Whoever cancelled does not want to go inside, also when the VM could no longer be undone."""
+    left = Detached(made["op"])
+    left.message = f"Interrupted; {made['name']} is ready, and nothing was run in it."
+    left.hint = f"`banger vm ssh {made['name']}` goes inside, `banger vm delete {made['name']}` ends it."
+    return left
 
 
 @contextlib.contextmanager

@@ -31,8 +31,12 @@ class Screen:
         if not self.live or shown == self._drawn:
             return
         fits = shown[: self._width() - 1]
+        self._drawn = shown  # before it is drawn: Ctrl-C in between must leave it erasable
         self._write(_ERASE + self._paint(fits, DIM))
-        self._drawn = shown
+
+    def prompt(self, text: str) -> None:
+        """Write the beginning of a line that a person will end."""
+        self._write(self._erased() + escape(text))
 
     def clear(self) -> None:
         """Take the live line away."""

@@ -15,6 +15,10 @@ class Stages:
     """Draw the events of one operation, and of those it waits for, on a screen."""
 
     def __init__(self, op: str, screen: Screen):
+        self.turned_back = False
+        """The operation is undone, or will be as soon as a step has noticed that it was cancelled."""
+        self.needless = False
+        """What was asked for was so already."""
         self._op = op
         self._screen = screen
         self._titles: dict[str, list[str]] = {}
@@ -23,6 +27,9 @@ class Stages:
         self._draw = {
             "op.requested": self._requested,
             "op.parked": self._parked,
+            "op.waiting": self._parked,
+            "op.cancel-requested": self._cancel_requested,
+            "op.reopened": self._reopened,
             "op.claimed": self._claimed,
             "step.started": self._started,
             "step.progress": self._progress,
@@ -67,6 +74,13 @@ class Stages:
         if not self._screen.live:
             self._screen.line(f"{self._indent(event['op'])}… {data['reason']}")
 
+    def _cancel_requested(self, event: Json, _: Json) -> None:
+        self.turned_back = self.turned_back or event["op"] == self._op
+
+    def _reopened(self, event: Json, data: Json) -> None:
+        if event["op"] == self._op:
+            self.turned_back = data["back"]
+
     def _claimed(self, event: Json, _: Json) -> None:
         self._running.pop(event["op"], None)
 
@@ -79,6 +93,7 @@ class Stages:
             self._screen.line(f"{self._indent(event['op'])}  {data['message']}")
 
     def _done(self, event: Json, data: Json) -> None:
+        self.needless = self.needless or (event["op"] == self._op and data.get("last", False))
         self._end(event, "✓", self._title(event), data["seconds"], GREEN)
 
     def _failed(self, event: Json, data: Json) -> None:
@@ -90,6 +105,7 @@ class Stages:
 
     def _undoing(self, event: Json, data: Json) -> None:
         words = data["error"]["message"].splitlines()[0]
+        self.turned_back = self.turned_back or event["op"] == self._op
         self._running.pop(event["op"], None)
         self._screen.line(f"{self._indent(event['op'])}↩ undoing: {words}", YELLOW)
 

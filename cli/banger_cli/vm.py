@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import click
 
 from banger import layout
 from banger.errors import BangerError
 from banger_cli import wire
-from banger_cli.commands import Branch, Leaf, wait_option
-from banger_cli.follow import Detached, wait
+from banger_cli.commands import Branch, Leaf, interrupt_option, key_option, op_line, wait_options
+from banger_cli.follow import wait
+from banger_cli.interrupt import Detached, Interruption
 from banger_cli.output import Out
 from banger_cli.spec import Creates, name, spec_line, spec_options
 
@@ -58,17 +59,27 @@ Next: banger vm ssh web""")  # fmt: skip
 @spec_options
 @click.option("--no-start", is_flag=True, help="Make its disks only.")
 @click.option("--wait", "waits", is_flag=True, help="Show the stages and wait until it is ready.")
+@interrupt_option
+@key_option
 @click.pass_obj
-def create(out: Out, /, positional: str | None, no_start: bool, waits: bool, **spec: Any) -> None:
+def create(
+    out: Out,
+    /,
+    positional: str | None,
+    no_start: bool,
+    waits: bool,
+    on_interrupt: str | None,
+    **spec: Any,
+) -> None:
     """Create a VM and start it.
 
     Prints what it is made of and the operation's id at once, and returns while the work goes on.
     """
     spec["name"] = _one_name(positional, spec["name"])
     reply = wire.call("vm.create", start=not no_start, ephemeral=False, **spec)
-    out.lines([spec_line(reply["spec"]), f"op: {reply['op']}"])
+    out.lines([spec_line(reply["spec"]), op_line(reply)])
     if waits:
-        result = wait(reply["op"], out)
+        result = wait(reply["op"], out, Interruption(out.screen, on_interrupt, reply["op"]))
         reply |= {"fate": result["fate"], "seconds": result["seconds"]}
         out.lines([f"{'created' if no_start else 'ready'} in {layout.seconds(result['seconds'])}"])
     if out.as_json:
@@ -158,27 +169,47 @@ def _story(vm: Json) -> Iterator[str]:
         yield from ("", *layout.table(("WHEN", "OP", "KIND", "FATE"), history))
 
 
-def _verb(word: str, sentence: str, done: str) -> click.Command:
+class Ends(NamedTuple):
+    """How the end of an operation on a VM is told: it was done, or there was nothing to do."""
+
+    done: str
+    needless: str
+
+
+def _verb(word: str, sentence: str, ends: Ends) -> click.Command:
     """Make the command for an operation on VMs that exist."""
 
     @click.command(word, cls=Leaf, help=sentence, epilog=f"Examples:\n  banger vm {word} web")
     @click.argument("vms", metavar="NAME...", nargs=-1, required=True)
-    @wait_option
+    @wait_options
+    @key_option
     @click.pass_obj
-    def verb(out: Out, vms: tuple[str, ...], waits: bool) -> int:
-        return _on_each(out, vms, f"vm.{word}", done if waits else None)
+    def verb(out: Out, vms: tuple[str, ...], waits: bool, on_interrupt: str | None, key: str | None) -> int:
+        if key is not None and len(vms) > 1:
+            raise click.UsageError("A key belongs to one request.", click.get_current_context())
+        ask = functools.partial(wire.call, f"vm.{word}", key=key)
+        return _on_each(out, vms, ask, ends if waits else None, on_interrupt)
 
     return verb
 
 
-def _on_each(out: Out, vms: tuple[str, ...], method: str, done: str | None) -> int:
+def _on_each(
+    out: Out,
+    vms: tuple[str, ...],
+    ask: Callable[..., Json],
+    ends: Ends | None,
+    on_interrupt: str | None,
+) -> int:
     """Ask for all first, so that they go on side by side, then wait for each in turn.
 
     One name fails as any command does; of several, each tells its own end and the first error
-    decides the exit code.
+    decides the exit code. Ctrl-C detaches from all, or cancels all that have not ended.
     """
-    asked = [_attempt(functools.partial(wire.call, method, vm=vm)) for vm in vms]
-    results = [_finish(out, one, done) for one in asked]
+    asked = [_attempt(functools.partial(ask, vm=vm)) for vm in vms]
+    interruption = Interruption(
+        out.screen, on_interrupt, *(one["op"] for one in asked if isinstance(one, dict))
+    )
+    results = [_finish(out, one, ends, interruption) for one in asked]
     failures = [one for one in results if isinstance(one, BangerError)]
     if len(vms) == 1 and failures:
         raise failures[0]
@@ -200,21 +231,41 @@ def _attempt(act: functools.partial[Json]) -> Json | BangerError:
         return error
 
 
-def _finish(out: Out, asked: Json | BangerError, done: str | None) -> Json | BangerError:
+def _finish(
+    out: Out, asked: Json | BangerError, ends: Ends | None, interruption: Interruption
+) -> Json | BangerError:
     if isinstance(asked, BangerError):
         return asked
-    if done is None:
+    if ends is None:
         out.lines([f"{asked['name']}: {asked['op']}"])
         return asked
-    result = _attempt(functools.partial(wait, asked["op"], out))
+    result = _attempt(functools.partial(wait, asked["op"], out, interruption))
     if isinstance(result, BangerError):
         return result
-    out.lines([f"{asked['name']} {done} in {layout.seconds(result['seconds'])}"])
+    out.lines([f"{asked['name']} {_told(result, ends)}"])
     return {**asked, "fate": result["fate"], "seconds": result["seconds"]}
 
 
-start = _verb("start", "Start VMs that are stopped. One that runs already is left alone.", "is ready")
-stop = _verb("stop", "Stop VMs: gracefully, then with the power button, then at once.", "has stopped")
-restart = _verb("restart", "Stop VMs gracefully and start them again.", "is ready again")
-kill = _verb("kill", "Stop VMs at once; what the guest has not written is lost.", "is off")
-delete = _verb("delete", "Delete VMs, whatever state they are in, without a trace.", "is gone")
+def _told(result: Json, ends: Ends) -> str:
+    return ends.needless if "needless" in result else f"{ends.done} in {layout.seconds(result['seconds'])}"
+
+
+start = _verb(
+    "start",
+    "Start VMs that are stopped. One that runs already is left alone.",
+    Ends("is ready", "runs already"),
+)
+stop = _verb(
+    "stop",
+    "Stop VMs: gracefully, then with the power button, then at once.",
+    Ends("has stopped", "is stopped already"),
+)
+restart = _verb(
+    "restart", "Stop VMs gracefully and start them again.", Ends("is ready again", "runs already")
+)
+kill = _verb(
+    "kill", "Stop VMs at once; what the guest has not written is lost.", Ends("is off", "is off already")
+)
+delete = _verb(
+    "delete", "Delete VMs, whatever state they are in, without a trace.", Ends("is gone", "is gone already")
+)

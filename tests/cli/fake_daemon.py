@@ -59,7 +59,8 @@ class FakeDaemon:
 
     def _serve(self, client: socket.socket) -> None:
         tethered = False
-        with client, client.makefile("rb") as lines:
+        # A client may leave before the end, and with what it has not read.
+        with client, client.makefile("rb") as lines, contextlib.suppress(ConnectionError):
             for line in lines:
                 request = json.loads(line)
                 method, params = request["method"], request["params"]

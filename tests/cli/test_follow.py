@@ -103,7 +103,7 @@ def test_cancelled_needs_no_error() -> None:
 
 
 def test_follow_survives_the_daemon(banger: Banger, daemon: FakeDaemon) -> None:
-    """When the daemon dies under a follower, it goes on from the last event, repeating none."""
+    """When the daemon dies under a follower, it says so and goes on from the last event, repeating none."""
 
     def follow(params: Json) -> list[Json | None]:
         after = params["after"]
@@ -116,6 +116,7 @@ def test_follow_survives_the_daemon(banger: Banger, daemon: FakeDaemon) -> None:
     ran = banger("ops", "follow", "op-1", "--json")
     assert [json.loads(line) for line in ran.stdout.splitlines()] == scenes.CREATED
     assert [params["after"] for params in daemon.asked("ops.follow")] == [0, 1]
+    assert ran.stderr == "banger: the daemon went away; following on after event 1\n"
     assert ran.returncode == 0
 
 

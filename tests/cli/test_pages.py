@@ -19,7 +19,10 @@ OP = {
     "fate": "undone",
     "step": "boot",
     "requested_us": 1_000_000,
-    "ended_us": 3_500_000,
+    "ended_us": 9_900_000,
+    "seconds": 2.5,
+    "parent": None,
+    "reason": None,
     "error": scenes.FIRE,
 }
 STEP: Json = {
@@ -32,12 +35,12 @@ STEP: Json = {
     "undone": True,
     "undo_seconds": 0.01,
     "error": None,
-    "facts": {"size": 4},
+    "facts": {"size": 4, "digest": "0123456789abcdef" * 4},
 }
 PENDING = {**STEP, "state": "pending", "attempts": 0, "seconds": None, "undone": False, "undo_seconds": None}
 HERE = {
     "name": "debian-12",
-    "digest": "0123456789abcdef0123",
+    "digest": "0123456789abcdef" * 4,
     "size_bytes": 300 << 20,
     "created_us": 1,
     "present": True,
@@ -52,13 +55,14 @@ STATUS = {
     "vms_running": 1,
     "ops_active": 1,
     "state_dir": "/state",
+    "read_only": False,
 }
 
 
 def test_ops_list(banger: Banger, daemon: FakeDaemon) -> None:
     """`ops list` shows what each operation was, its fate and how long it took."""
     daemon.answers["ops.list"] = {
-        "ops": [OP, {**OP, "id": "op-2", "fate": None, "state": "running", "ended_us": None}]
+        "ops": [OP, {**OP, "id": "op-2", "fate": None, "state": "running", "ended_us": None, "seconds": None}]
     }
     lines = banger("ops", "list", "--vm", "web").stdout.splitlines()
     assert lines[1].split()[:6] == ["op-1", "vm.create", "web", "undone", "boot", "2.50s"]
@@ -83,7 +87,7 @@ def test_ops_show(banger: Banger, daemon: FakeDaemon) -> None:
     shown = banger("ops", "show", "op-1").stdout
     assert "error:   mkfs is on fire" in shown
     assert "claims:  2" in shown
-    assert "↩ disks  0.02s  1      0.01s  size=4" in shown
+    assert "↩ disks  0.02s  1      0.01s  size=4 digest=0123456789ab\n" in shown
     assert "✗ boot   0.02s  2      0.01s  mkfs is on fire" in shown
     assert "file      /x  released  disks" in shown
     assert json.loads(banger("ops", "show", "op-1", "--json").stdout) == {"op": found}
@@ -95,6 +99,8 @@ def test_artifacts(banger: Banger, daemon: FakeDaemon, kind: str) -> None:
     daemon.answers |= {f"{kind}.list": {f"{kind}s": [HERE, ABSENT]}, f"{kind}.show": {kind: HERE}}
     lines = banger(kind, "list").stdout.splitlines()
     assert lines[1].split()[:3] == ["debian-12", "yes", "300MiB"]
+    assert lines[1].split()[-1] == "0123456789ab"
+    assert json.loads(banger(kind, "list", "--json").stdout) == {f"{kind}s": [HERE, ABSENT]}
     assert lines[2].split() == ["alpine", "when", "needed", "-", "-", "-"]
     shown = banger(kind, "show", "debian-12").stdout
     assert "suite: bookworm" in shown

@@ -217,6 +217,16 @@ def test_verbs(banger: Banger, daemon: FakeDaemon, verb: str) -> None:
     assert document == {"op": "op-1", "vm": "vm-1", "name": "web", "fate": "done", "seconds": 4.7}
 
 
+def test_what_is_so_already_is_told_so(banger: Banger, daemon: FakeDaemon) -> None:
+    """Starting a VM that runs says that it runs already, to programs just that it is done."""
+    checked = scenes.done(2, 0, "check")
+    checked["event"]["data"]["last"] = True
+    daemon.answers["vm.start"] = {"op": "op-1", "vm": "vm-1", "name": "web"}
+    daemon.answers["ops.follow"] = [scenes.requested("check", "boot"), checked, scenes.ended()]
+    assert banger("vm", "start", "web").stdout == "web runs already\n"
+    assert json.loads(banger("vm", "start", "web", "--json").stdout)["fate"] == "done"
+
+
 def test_several_names(banger: Banger, daemon: FakeDaemon) -> None:
     """Of several VMs each tells its own end; one that fails does not stop the others and sets the code."""
 

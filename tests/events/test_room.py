@@ -17,8 +17,7 @@ from banger.model import Needs, VmSpec
 SPEC = VmSpec(name="web", image="i", kernel="k", vcpu=1, memory_mib=256, disk_mib=1024)
 
 
-def capacity(**more: int) -> Capacity:
-    return Capacity(**{"memory_mib": 1024, "vcpu": 8, "disk": Path("/tmp"), "disk_reserve_mib": 0, **more})  # type: ignore[arg-type]
+HOST = Capacity(memory_mib=1024, vcpu=8, at_once=9, disk=Path("/tmp"), disk_reserve_mib=0)
 
 
 def create(log: EventLog, vm: str, *, memory_mib: int = 256, vcpu: int = 1, disk_mib: int = 0) -> str:
@@ -33,7 +32,7 @@ def create(log: EventLog, vm: str, *, memory_mib: int = 256, vcpu: int = 1, disk
 def claimed(log: EventLog, **limits: int) -> list[str]:
     """Take whatever may be taken now."""
     found = []
-    while (held := work.claim(log, proc.me(), capacity(**limits))) is not None:
+    while (held := work.claim(log, proc.me(), msgspec.structs.replace(HOST, **limits))) is not None:
         found.append(held.op)
     return found
 
@@ -141,3 +140,18 @@ def test_disk_space_bounds_how_many_are_made_at_once(
         assert "waits for disk space" in (queries.ops(log, limit=1)[0].reason or "")
         end(log, ops[0], "vm-0", runs=True)
         assert claimed(log, disk_reserve_mib=reserve_mib) == ops[1:]
+
+
+def test_some_workers_are_left_for_what_makes_room(log: EventLog) -> None:
+    """However much is free, only so many are made at once; what needs no room goes before them."""
+    first, second = create(log, "a"), create(log, "b")
+    asked = ev.OpRequested(kind="vm.stop", args={}, steps=("a",), titles=("a",), lane="c", vm="c")
+    stop = log.request(asked)
+    assert claimed(log, at_once=1) == [stop, first]
+    work.tell_why(log, msgspec.structs.replace(HOST, at_once=1))
+    assert (
+        queries.whole_op(log, second).waits_for
+        == "waits for its turn: 1 of 1 at once are being made or started"
+    )
+    end(log, first, "a", runs=True)
+    assert claimed(log, at_once=1) == [second]
