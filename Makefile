@@ -44,8 +44,9 @@ packages:
 	@touch $@
 
 lock = $(bin)/uv pip compile --quiet --python-version 3.11 --generate-hashes --no-emit-index-url \
-	--custom-compile-command "make requirements" $(UPGRADE) pyproject.toml
+	--custom-compile-command "make requirements" $(UPGRADE)
 
 requirements: .venv/dev ## pin the dependencies of pyproject.toml anew; UPGRADE=--upgrade takes newer ones
-	$(lock) --group build --output-file requirements/runtime.txt
-	$(lock) --group dev --constraint requirements/runtime.txt --output-file requirements/dev.txt
+	$(lock) pyproject.toml --group build --output-file requirements/runtime.txt
+	$(lock) pyproject.toml --group dev --constraint requirements/runtime.txt --output-file requirements/dev.txt
+	$(lock) --group peers --constraint requirements/dev.txt --output-file requirements/peers.txt

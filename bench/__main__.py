@@ -1,14 +1,15 @@
-"""Run every benchmark, or those named: `python -m bench [queue] [log] [idle] …`."""
+"""Run every benchmark, or those named: `python -m bench [queue] [peers] [log] …`."""
 
 from __future__ import annotations
 
 import sys
 
-from bench import boots, command_line, idle, log, queue
+from bench import boots, command_line, idle, log, peers, queue
 from bench.figures import OUTPUT, Figures
 
 PARTS = {
     "queue": queue.measure,
+    "peers": peers.measure,
     "log": log.measure,
     "idle": idle.measure,
     "command_line": command_line.measure,

@@ -145,15 +145,17 @@ def test_documented_targets_exist(document: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("folder", "group"), [("banger", "build"), ("cli", "build"), ("tests", "dev"), ("bench", "dev")]
+    ("folder", "groups"),
+    [("banger", ["build"]), ("cli", ["build"]), ("tests", ["dev"]), ("bench", ["dev", "peers"])],
 )
-def test_an_imported_library_is_declared(folder: str, group: str) -> None:
+def test_an_imported_library_is_declared(folder: str, groups: list[str]) -> None:
     """What a room imports is named in pyproject.toml even when another library brings it."""
-    names, known = packages_distributions(), declared(group)
+    # A peer of the bench is installed elsewhere: its module's name is taken for the package's.
+    names, known = packages_distributions(), {name for group in groups for name in declared(group)}
     undeclared = {
         (path, module)
         for path, module in imported(folder)
-        if not {canonicalize_name(name) for name in names.get(module, [])} & known.keys()
+        if not {canonicalize_name(name) for name in names.get(module, [module])} & known
     }
     assert undeclared == set()
 
@@ -172,6 +174,14 @@ def test_lock_files_fit_the_project(lock: str, group: str) -> None:
 def test_developers_run_what_users_run() -> None:
     """The two lock files agree on every version they share."""
     assert pins("runtime.txt").items() <= pins("dev.txt").items()
+
+
+def test_peers_are_pinned_and_kept_apart() -> None:
+    """What the bench measures beside banger is pinned by hash, and no peer is in the lock of .venv."""
+    peers = {Requirement(text).name: Requirement(text) for text in PROJECT["dependency-groups"]["peers"]}
+    pinned = pins("peers.txt")
+    assert {name for name, peer in peers.items() if pinned.get(name, "") not in peer.specifier} == set()
+    assert not peers.keys() & pins("dev.txt").keys()
 
 
 def test_no_database_driver_comes_along() -> None:
