@@ -5,6 +5,7 @@ from __future__ import annotations
 import sqlite3
 from collections.abc import Iterable
 from pathlib import Path
+from typing import NamedTuple
 
 from peewee import DatabaseError, SqliteDatabase
 
@@ -96,12 +97,15 @@ def watch(db: sqlite3.Connection) -> None:
             )
 
 
-def missing(db: sqlite3.Connection, names: Iterable[str] = _SMALL) -> list[str]:
+def missing(db: sqlite3.Connection, names: Iterable[str] = WATCHED) -> list[str]:
     """Name the projections that have another number of rows than banger's connections left there."""
     asked = list(names)
-    counts = ", ".join(f"(SELECT count(*) FROM {name}) - {name}" for name in asked)  # noqa: S608  our names
-    differences = db.execute(f"SELECT {counts} FROM head").fetchone()  # noqa: S608
+    differences = db.execute(f"SELECT {_differences(asked)} FROM head").fetchone()  # noqa: S608  our own names
     return [name for name, difference in zip(asked, differences, strict=True) if difference]
+
+
+def _differences(names: Iterable[str]) -> str:
+    return ", ".join(f"(SELECT count(*) FROM {name}) - {name}" for name in names)  # noqa: S608  our own names
 
 
 def recount(db: sqlite3.Connection) -> None:
@@ -110,20 +114,33 @@ def recount(db: sqlite3.Connection) -> None:
     db.execute(f"UPDATE head SET {counts}")  # noqa: S608
 
 
-def head(db: sqlite3.Connection) -> tuple[int, bytes]:
-    """Give the number and the hash of the log's last event; (0, NO_HASH) when there is none.
+_BEGIN = f"""
+    SELECT h.seq, h.hash, e.seq, e.hash, {_differences(_SMALL)}
+    FROM head h LEFT JOIN event e ON e.seq = (SELECT max(seq) FROM event)
+"""  # noqa: S608  our own names
+
+
+class Begin(NamedTuple):
+    """What a writer finds: the log's last event, and whether rows of the projections are missing."""
+
+    seq: int
+    hash: bytes
+    missing: bool
+
+
+def begin(db: sqlite3.Connection) -> Begin:
+    """Look where the log ends: one question, as every transaction asks it.
 
     Raises LogDamaged when the log does not end where it was last written.
     """
-    noted = db.execute("SELECT seq, hash FROM head").fetchone()
-    last = db.execute("SELECT seq, hash FROM event ORDER BY seq DESC LIMIT 1").fetchone() or (0, NO_HASH)
-    if noted != last:
+    noted, noted_hash, last, last_hash, *differences = db.execute(_BEGIN).fetchone()
+    if (noted, noted_hash) != (last or 0, last_hash or NO_HASH):
         raise LogDamaged(
-            f"The event log ends with row {last[0]}; the last that was written is row {noted[0]}."
-            if last[0] != noted[0]
-            else f"Row {last[0]}, the last of the event log, is not what was written."
+            f"The event log ends with row {last or 0}; the last that was written is row {noted}."
+            if last != noted
+            else f"Row {last}, the last of the event log, is not what was written."
         )
-    return last[0], last[1]
+    return Begin(noted, noted_hash, any(differences))
 
 
 def note_head(db: sqlite3.Connection, seq: int, digest: bytes) -> None:

@@ -299,13 +299,18 @@ def fold_op(rows: Iterable[Recorded], start: Op | None = None) -> Op | None:
     """Fold the events of one operation's stream; None when there are none. `start` stays as it is."""
     op = None if start is None else start.copy()
     for row in rows:
-        event = row.event
-        handler = _HANDLERS.get(type(event))
-        if handler is not None and op is not None:
-            handler(op, row, event)
-        elif isinstance(event, ev.OpRequested):
-            op = _requested(row, event)
+        if op is not None:
+            fold_on(op, row)
+        elif isinstance(row.event, ev.OpRequested):
+            op = _requested(row, row.event)
     return op
+
+
+def fold_on(op: Op, row: Recorded) -> None:
+    """Apply one more event to an operation that is the caller's own."""
+    handler = _HANDLERS.get(type(row.event))
+    if handler is not None:
+        handler(op, row, row.event)
 
 
 def fold_vm(rows: Iterable[Recorded], start: Vm | None = None) -> Vm | None:

@@ -64,7 +64,8 @@ class Tx:
         self.recorded: list[Recorded] = []
         self.work_ready = False
         self._actor = actor
-        self._seq, self._hash = database.head(db)
+        self._seq, self._hash, self._missing = database.begin(db)
+        self._versions: dict[str, int] = {}
 
     def mint(self, prefix: str) -> str:
         """Make an id that no stream has ever had, also when the clock was set back."""
@@ -79,9 +80,7 @@ class Tx:
 
         Raises AlreadyExists when a projection's unique key (a VM's name) is taken.
         """
-        version = self.db.execute(
-            "SELECT coalesce(max(version), 0) + 1 FROM event WHERE stream = ?", (stream,)
-        ).fetchone()[0]
+        version = self._version(stream)
         seq, time_us, now_us = self._seq + 1, time.time_ns() // 1000, boot_us()
         kind, data = ev.type_of(event), _encoder.encode(event).decode()
         row = (seq, stream, version, op, kind, ev.SCHEMA, data, self._actor, time_us, now_us)
@@ -107,8 +106,17 @@ class Tx:
         self.recorded.append(recorded)
         return recorded
 
+    def _version(self, stream: str) -> int:
+        last = self._versions.get(stream)
+        if last is None:
+            found = self.db.execute("SELECT max(version) FROM event WHERE stream = ?", (stream,)).fetchone()
+            last = found[0] or 0
+        self._versions[stream] = last + 1
+        return last + 1
+
     def rebuild(self) -> None:
         """Throw the projections away and make them again from the log."""
+        self._missing = False
         for name in database.WATCHED:
             self.db.execute(f"DELETE FROM {name}")  # noqa: S608  our own names
         for row in self.db.execute(f"SELECT {COLUMNS} FROM event ORDER BY seq"):  # noqa: S608
@@ -118,10 +126,10 @@ class Tx:
 
     def mend(self) -> bool:
         """Make the projections again if something else has deleted rows of them; True if so."""
-        if not database.missing(self.db):
-            return False
-        self.rebuild()
-        return True
+        found = self._missing
+        if found:
+            self.rebuild()
+        return found
 
     def close(self) -> None:
         """Write down where the log ends."""
@@ -140,6 +148,7 @@ class EventLog:
     def __init__(self, path: Path, work_bell: Path, event_bell: Path, role: str, *, read_only: bool = False):
         self.path = path
         self.read_only = read_only
+        self._durable = False  # as it is opened: synchronous=normal
         self.work_bell = Bell(work_bell)
         self.event_bell = Bell(event_bell)
         self._actor = _encoder.encode(Actor(uid=os.getuid(), pid=os.getpid(), role=role)).decode()
@@ -202,7 +211,7 @@ class EventLog:
             raise ReadOnly
         with self._locked():
             try:
-                self.db.execute(f"PRAGMA synchronous = {'FULL' if durable else 'NORMAL'}")
+                self._synchronize(durable=durable)
                 self.db.execute("BEGIN IMMEDIATE")
                 yield
                 self.db.execute("COMMIT")
@@ -216,12 +225,17 @@ class EventLog:
                     raise LogDamaged(f"{self.path} cannot be read: {error}.") from error
                 raise
 
+    def _synchronize(self, *, durable: bool) -> None:
+        if durable != self._durable:
+            self.db.execute(f"PRAGMA synchronous = {'FULL' if durable else 'NORMAL'}")
+            self._durable = durable
+
     def mend(self) -> bool:
         """Make the projections again if rows of them have gone missing; True if so."""
-        if not database.missing(self.db, database.WATCHED):
+        if not database.missing(self.db):
             return False
         with self.transaction() as tx:
-            if not database.missing(self.db, database.WATCHED):
+            if not database.missing(self.db):
                 return False
             tx.rebuild()
             return True

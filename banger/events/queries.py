@@ -224,9 +224,16 @@ def stuck_in(database: Path) -> list[tuple[str, str, str | None]]:
         return db.execute("SELECT op, kind, name FROM op WHERE fate = 'stuck' ORDER BY seq").fetchall()
 
 
+def known_vms(log: EventLog) -> set[str]:
+    """Give the ids of all VMs that the log has heard of otherwise than by taking them back."""
+    query = OpRow.select(OpRow.vm).where(OpRow.vm.is_null(False) & (OpRow.kind != "vm.recover")).distinct()
+    return {row.vm for row in query.execute(log.peewee)} | {vm.id for vm in vms(log)}
+
+
 def vm_ids(log: EventLog, word: str | None = None) -> list[str]:
     """List the ids of all VMs there have ever been, the oldest first; of one name or id if given."""
-    query = OpRow.select(OpRow.vm).where(OpRow.kind == "vm.create").order_by(OpRow.seq)
+    made = OpRow.kind << ("vm.create", "vm.recover")
+    query = OpRow.select(OpRow.vm).where(made).order_by(OpRow.seq)
     if word is not None:
         query = query.where((OpRow.name == word) | (OpRow.vm == word))
     return [row.vm for row in query.execute(log.peewee)]

@@ -20,7 +20,7 @@ from banger import log as logging
 from banger.errors import BangerError, Cancelled, Fenced, from_os_error
 from banger.events import queries, work
 from banger.events import vocabulary as ev
-from banger.events.fold import fold_op
+from banger.events.fold import fold_on
 from banger.events.log import EventLog, Tx
 from banger.model import Resource
 from banger.tasks.context import Ctx, World
@@ -283,9 +283,7 @@ class Saga:
             return self._decide(tx, cancel=cancel)
 
     def _append(self, tx: Tx, event: ev.Event) -> None:
-        after = fold_op([tx.append(self.op.id, event, op=self.op.id)], start=self.op)
-        assert after is not None
-        self.op = after
+        fold_on(self.op, tx.append(self.op.id, event, op=self.op.id))
 
     def _open_resources(self, step: str) -> list[tuple[Resource, str]]:
         return [(r, s) for r, state, s in self.op.resources.values() if s == step and state != "released"]

@@ -14,7 +14,7 @@ from banger import config, proc
 from banger.errors import AlreadyExists, LogDamaged
 from banger.events import database, queries, work
 from banger.events import vocabulary as ev
-from banger.events.log import EventLog, Tx
+from banger.events.log import EventLog
 from banger.events.verify import stored_end, verify_log
 from banger.model import VmSpec
 from banger.tasks.saga import Saga
@@ -50,15 +50,13 @@ def test_an_operation_survives_the_loss_of_a_projection_between_any_two_steps(
     held = work.claim(log, proc.me())
     assert held is not None
     saga = Saga(log, {FILES.kind: FILES}, SimpleNamespace(dirs=None, config=None), held)  # type: ignore[arg-type]
-    begin = Tx.__init__
+    before = EventLog._synchronize
 
-    def robbed(tx: Tx, *words: Any) -> None:
-        begin(tx, *words)
-        tx.db.commit()
+    def robbed(log: EventLog, **words: Any) -> None:
         vandal.execute(f"DELETE FROM {table}")
-        tx.db.execute("BEGIN IMMEDIATE")
+        before(log, **words)
 
-    monkeypatch.setattr(Tx, "__init__", robbed)
+    monkeypatch.setattr(EventLog, "_synchronize", robbed)
     saga.advance()
     monkeypatch.undo()
     log.mend()
