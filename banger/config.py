@@ -37,6 +37,11 @@ class VmPaths(Value):
         return self.directory / "work.ext4"
 
     @property
+    def record(self) -> Path:
+        """What the VM is made of, should the event log be lost."""
+        return self.directory / "vm.json"
+
+    @property
     def host_key(self) -> Path:
         """The guest's SSH host key (OpenSSH format)."""
         return self.directory / "host_key"

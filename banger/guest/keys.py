@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import struct
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 from cryptography.hazmat.primitives import serialization
@@ -27,12 +29,26 @@ def make_key_file(path: Path) -> bytes:
     Returns the private key. Two who make it at once get the same one.
     """
     public = path.with_name(path.name + ".pub")
-    if not path.exists():
-        _place(path, make_key())
-    key = path.read_bytes()
-    if not public.exists():  # a crash may have come between the two
-        _place(public, public_line(key).encode() + b"\n")
+    with _alone(path.parent):
+        for left in path.parent.glob(f".{path.name}.*"):  # by one that was killed at it
+            left.unlink()
+        if not path.exists():
+            _place(path, make_key())
+        key = path.read_bytes()
+        if not public.exists():  # a crash may have come between the two
+            _place(public, public_line(key).encode() + b"\n")
     return key
+
+
+@contextlib.contextmanager
+def _alone(directory: Path) -> Iterator[None]:
+    """Hold a lock on a directory; the kernel frees a dead holder's (flock(2))."""
+    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(fd)
 
 
 def _place(path: Path, content: bytes) -> None:

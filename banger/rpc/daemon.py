@@ -82,6 +82,7 @@ class Daemon:
         listening = await server.listen(self._dirs.socket)
         tasks = [asyncio.create_task(self._tail.run())]
         if writes:
+            self._service.recover_lost()
             self._watch.adopt()
             self._tethers.adopt()
             tasks += [asyncio.create_task(self._keep_supervisor()), asyncio.create_task(self._housekeeping())]

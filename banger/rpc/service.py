@@ -10,8 +10,9 @@ from typing import Any
 import msgspec
 
 from banger import __version__, proc
+from banger import log as logging
 from banger.config import Config, Dirs, capacity, sizes
-from banger.errors import InvalidRequest, NotFound, WrongState
+from banger.errors import BangerError, InvalidRequest, NotFound, WrongState
 from banger.events import queries
 from banger.events import vocabulary as ev
 from banger.events.fold import Vm
@@ -25,10 +26,11 @@ from banger.rpc import protocol as p
 from banger.rpc.names import random_name
 from banger.rpc.operations import Operations
 from banger.rpc.past import Past
-from banger.tasks import artifacts
+from banger.tasks import artifacts, lost
 from banger.tasks.pipeline import Pipeline
 from banger.tasks.registry import pipelines
 from banger.tasks.vm import ONLY_MAKE
+from banger.vmm import qemu
 
 MAX_VCPU = 64
 MIN_MEMORY_MIB = 128
@@ -201,6 +203,18 @@ class Service:
             if op.state != "ended" and op.kind != "vm.delete":
                 self.log.cancel(op.id)
         return self._change("vm.delete", vm, request)
+
+    def recover_lost(self) -> None:
+        """Take back the VMs that are on the disk and of which the log has never heard."""
+        for record in list(lost.find(self.log, self.dirs)):
+            asked = lost.RECOVER.request(lane=record.vm, vm=record.vm, name=record.spec.name)
+            runs = any(vmm.vm == record.vm for vmm in qemu.running(self.dirs.runtime))
+            reserved = ev.VmReserved(spec=record.spec, host=socket.gethostname())
+            wanted = ev.VmDesired(state="running" if runs else "stopped")
+            try:
+                self.log.request(asked, (record.vm, reserved), (record.vm, wanted))
+            except BangerError as error:  # its name is taken: it waits until that is free again
+                logging.get(vm=record.vm).warning("cannot take back", error=error.message)
 
     def bury(self, vm: Vm) -> None:
         """Ask for the release of what a VM held whose VMM died by itself."""

@@ -83,11 +83,13 @@ class VmmWatch:
     def look_again(self) -> None:
         """Bury VMs whose VMM died while an operation was at work on them; bound their consoles."""
         active = queries.active_ops(self._service.log)
+        # A burial that is stuck waits for a person; another would be stuck as well.
+        stuck = {op.vm for op in queries.stuck(self._service.log) if op.kind == "vm.bury"}
         for vm in queries.vms(self._service.log):
             if vm.process is None:
                 continue
             _bound(self._service.dirs.vm(vm.id).console)
-            if vm.id not in active and not proc.alive(vm.process):
+            if vm.id not in active and vm.id not in stuck and not proc.alive(vm.process):
                 self._bury(vm)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import msgspec
 
 from banger.errors import Busy, NotFound
@@ -11,10 +13,11 @@ from banger.events.log import EventLog
 from banger.images import debian, store
 from banger.images import kernel as kernels
 from banger.model import Artifact, Resource
-from banger.tasks.context import Ctx
+from banger.tasks.context import Ctx, Maker
 from banger.tasks.pipeline import Pipeline, Step
 
 BUILD_S = 1200.0
+R = TypeVar("R")
 
 
 def foresee_kernel(ctx: Ctx, name: str) -> None:
@@ -65,17 +68,16 @@ def _name(ctx: Ctx) -> str:
 
 def _build_image(ctx: Ctx) -> None:
     recipe = debian.RECIPES[_name(ctx)]
-    artifact = debian.build(recipe, ctx.dirs.cache, progress=ctx.progress, cancelled=ctx.cancelled)
-    _publish(ctx, artifact)
+    _publish(ctx, ctx.world.images, recipe)
 
 
 def _pull_kernel(ctx: Ctx) -> None:
     recipe = kernels.RECIPES[_name(ctx)]
-    artifact = kernels.build(recipe, ctx.dirs.cache, progress=ctx.progress, cancelled=ctx.cancelled)
-    _publish(ctx, artifact)
+    _publish(ctx, ctx.world.kernels, recipe)
 
 
-def _publish(ctx: Ctx, artifact: Artifact) -> None:
+def _publish(ctx: Ctx, maker: Maker[R], recipe: R) -> None:
+    artifact = maker.build(recipe, ctx.dirs.cache, progress=ctx.progress, cancelled=ctx.cancelled)
     published = ev.ArtifactPublished(
         kind=artifact.kind,
         name=artifact.name,

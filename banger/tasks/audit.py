@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from banger import proc
 from banger.config import Dirs
 from banger.events import queries
+from banger.events import vocabulary as ev
 from banger.events.log import EventLog
 from banger.model import Resource, Value
+from banger.tasks import lost
 from banger.tasks.context import Ctx
 from banger.tasks.pipeline import Pipeline, Step
-from banger.vmm.driver import MARK_VM
+from banger.vmm import qemu
+from banger.vmm.driver import Running
 
 _SOCKETS = (".qmp", ".agent")
 
@@ -43,90 +45,113 @@ class Audit(Value):
     missing: tuple[Finding, ...]
 
 
-def audit(log: EventLog, dirs: Dirs) -> Audit:
+def audit(log: EventLog, dirs: Dirs, running: Callable[[Path], Iterable[Running]] = qemu.running) -> Audit:
     """Look at the host and at the ledger. Images and kernels are the cache's affair and left out."""
-    leaked, missing = _compare(log, dirs)
+    leaked, missing = _compare(log, dirs, running)
     if leaked or missing:
         # An operation may have ended between the look at the host and the look at the ledger.
-        again = _compare(log, dirs)
-        leaked, missing = leaked & again[0], missing & again[1]
+        again = _compare(log, dirs, running)
+        leaked, missing = _both(leaked, again[0]), _both(missing, again[1])
     acquired, released, held = queries.ledger_counts(log)
     return Audit(
         acquired=acquired,
         released=released,
         held=held,
-        leaked=tuple(_finding(log, each) for each in sorted(leaked, key=_key)),
-        missing=tuple(_finding(log, each) for each in sorted(missing, key=_key)),
+        leaked=_findings(log, leaked),
+        missing=_findings(log, missing),
     )
 
 
-def _compare(log: EventLog, dirs: Dirs) -> tuple[set[Resource], set[Resource]]:
-    busy = set(queries.active_ops(log))
-    real = {resource for resource in on_host(dirs) if _vm_of(resource) not in busy}
-    ours = {
-        Resource(kind=held.kind, id=held.id)  # type: ignore[arg-type]  # the ledger's kinds are Resource's
-        for held in queries.resources(log)
-        if held.vm not in busy and held.kind in ("directory", "file", "process", "socket")
-    }
-    return real - ours, ours - real
+Owned = dict[Resource, str]
+"""Resources, and the id of the VM of each."""
 
 
-def on_host(dirs: Dirs) -> Iterator[Resource]:
-    """List what there is on the host that only banger makes, for this owner."""
+def _compare(log: EventLog, dirs: Dirs, running: Callable[[Path], Iterable[Running]]) -> tuple[Owned, Owned]:
+    # What is on the disk of a VM that the log has lost is that VM's.
+    busy = {*queries.active_ops(log), *(record.vm for record in lost.find(log, dirs))}
+    real = {each: vm for each, vm in on_host(log, dirs, running) if vm not in busy}
+    ours = {each: vm for each, vm in _in_ledger(log) if vm not in busy}
+    return _without(real, ours), _without(ours, real)
+
+
+def _without(some: Owned, others: Owned) -> Owned:
+    return {each: vm for each, vm in some.items() if each not in others}
+
+
+def _both(some: Owned, others: Owned) -> Owned:
+    return {each: vm for each, vm in some.items() if each in others}
+
+
+def _in_ledger(log: EventLog) -> Iterator[tuple[Resource, str]]:
+    for held in queries.resources(log):
+        if held.kind != "artifact":
+            yield Resource(kind=held.kind, id=held.id), held.vm or ""  # type: ignore[arg-type]  # as in Resource
+
+
+def on_host(
+    log: EventLog, dirs: Dirs, running: Callable[[Path], Iterable[Running]]
+) -> Iterator[tuple[Resource, str]]:
+    """List what there is on the host that only banger makes, for this owner, and whose VM's it is.
+
+    A name is taken by its VM's row, wherever the log is.
+    """
+    for vm in queries.vms(log):
+        yield Resource(kind="name", id=vm.spec.name), vm.id
     for directory in (dirs.state / "vms").iterdir():
-        yield Resource(kind="directory", id=str(directory))
+        yield Resource(kind="directory", id=str(directory)), directory.name
         paths = dirs.vm(directory.name)
         for file in (paths.overlay, paths.work, paths.initrd):
             if file.exists():
-                yield Resource(kind="file", id=str(file))
+                yield Resource(kind="file", id=str(file)), directory.name
     for path in dirs.runtime.iterdir():
         if path.suffix in _SOCKETS:
-            yield Resource(kind="socket", id=str(path))
-    for process, vm in proc.marked(MARK_VM):
-        # Other owners', and those of banger's tests, live below other directories.
-        if str(dirs.runtime) in proc.words(process):
-            yield Resource(kind="process", id=vm)
+            yield Resource(kind="socket", id=str(path)), path.stem
+    for vmm in running(dirs.runtime):
+        yield Resource(kind="process", id=vmm.vm), vmm.vm
+        if vmm.ssh_port is not None:
+            yield Resource(kind="port", id=str(vmm.ssh_port)), vmm.vm
 
 
-def _vm_of(resource: Resource) -> str:
-    """Read the id of the VM from what is derived from it."""
-    if resource.kind == "process":
-        return resource.id
-    path = Path(resource.id)
-    if resource.kind == "socket":
-        return path.stem
-    return path.name if resource.kind == "directory" else path.parent.name
+def _findings(log: EventLog, found: Owned) -> tuple[Finding, ...]:
+    ordered = sorted(found.items(), key=lambda item: (item[0].kind, item[0].id))
+    return tuple(_finding(log, each, vm) for each, vm in ordered)
 
 
-def _key(resource: Resource) -> tuple[str, str]:
-    return resource.kind, resource.id
-
-
-def _finding(log: EventLog, resource: Resource) -> Finding:
+def _finding(log: EventLog, resource: Resource, vm: str) -> Finding:
     op, time_us = queries.last_acquired(log, resource) or (None, None)
-    return Finding(kind=resource.kind, id=resource.id, vm=_vm_of(resource), op=op, time_us=time_us)
+    return Finding(kind=resource.kind, id=resource.id, vm=vm, op=op, time_us=time_us)
 
 
 def _sweep(ctx: Ctx) -> dict[str, Any]:
     """Remove what the audit finds to be nobody's, and nothing else of a VM that is somebody's."""
-    found = audit(ctx.log, ctx.dirs).leaked
+    found = audit(ctx.log, ctx.dirs, ctx.world.running).leaked
     # A VMM before its sockets and files, a file before its directory.
     for each in sorted(found, key=lambda finding: _ORDER.index(finding.kind)):
         _remove(ctx, each)
     return {"removed": [f"{each.kind} {each.id}" for each in found]}
 
 
-_ORDER = ("process", "socket", "file", "directory")
+_ORDER = ("process", "port", "socket", "file", "directory", "name")
 
 
 def _remove(ctx: Ctx, stray: Finding) -> None:
     match stray.kind:
         case "process":
             ctx.world.vmm.destroy(stray.id, ctx.dirs.vm(stray.id))
+        case "port":
+            pass  # it goes with the VMM that listens on it; that of a VMM that is somebody's stays
         case "directory":
             shutil.rmtree(stray.id, ignore_errors=True)
+        case "name":
+            _free_name(ctx, str(stray.vm))
         case _:
             Path(stray.id).unlink(missing_ok=True)
+
+
+def _free_name(ctx: Ctx, vm: str) -> None:
+    """Free the name of a VM that has nothing else; one that has is somebody's."""
+    if not any(queries.resources_of_vm(ctx.log, vm)):
+        ctx.emit(vm, ev.VmDeleted())
 
 
 SWEEP = Pipeline(

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable
-from typing import Any, NoReturn
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, NoReturn, Protocol, TypeVar
+
+import msgspec
 
 from banger.config import Config, Dirs, VmPaths
 from banger.errors import NotFound, from_dict
@@ -13,22 +16,74 @@ from banger.events import queries, work
 from banger.events import vocabulary as ev
 from banger.events.fold import Op, Vm
 from banger.events.log import EventLog
+from banger.guest import agent, ssh
+from banger.images import debian
+from banger.images import kernel as kernels
 from banger.model import Artifact, Resource
+from banger.storage import ext4
 from banger.tasks.pipeline import Park, Pipeline
-from banger.vmm import accelerator
+from banger.vmm import accelerator, qemu
 from banger.vmm.accelerator import Accelerator
-from banger.vmm.driver import Vmm
+from banger.vmm.driver import Running, Vmm
 from banger.vmm.qemu import Qemu
 
 PROGRESS_EVERY_S = 0.2
+R = TypeVar("R", contravariant=True)
+
+
+class Agent(Protocol):
+    """How the guest's agent is heard: `banger.guest.agent`."""
+
+    def wait_ready(
+        self,
+        path: Path,
+        timeout_s: float,
+        *,
+        cancelled: Callable[[], bool],
+        alive: Callable[[], bool],
+        report: Callable[[], str],
+    ) -> None:
+        """Wait until the guest says that it is ready."""
+
+
+class Shell(Protocol):
+    """How a guest is told what to do: `banger.guest.ssh`."""
+
+    def power_off(self, target: ssh.Target) -> None:
+        """Flush the guest's disks and switch it off."""
+
+
+class Disks(Protocol):
+    """How an empty disk is made: `banger.storage.ext4`."""
+
+    def make(self, path: Path, size_mib: int, *, label: str) -> None:
+        """Make it so that an empty file system is at `path`, whole."""
+
+
+class Maker(Protocol[R]):
+    """How an artifact is made from its recipe: `banger.images.debian` and `.kernel`."""
+
+    def build(
+        self, recipe: R, cache: Path, *, progress: Callable[[str], None], cancelled: Callable[[], bool]
+    ) -> Artifact:
+        """Make it so that what the recipe makes is in the cache."""
 
 
 class World:
-    """The things outside the log that steps act on."""
+    """The things outside the log that steps act on, each behind what steps ask of it.
+
+    What needs neither a guest nor a long time (directories, keys, initrds, the store of artifacts)
+    is the same on every host, and steps do it themselves.
+    """
 
     def __init__(self, dirs: Dirs, config: Config):
         self.dirs = dirs
         self.config = config
+        self.agent: Agent = agent
+        self.shell: Shell = ssh
+        self.disks: Disks = ext4
+        self.images: Maker[debian.Recipe] = debian
+        self.kernels: Maker[kernels.Recipe] = kernels
 
     @functools.cached_property
     def accelerator(self) -> Accelerator:
@@ -42,6 +97,10 @@ class World:
     def vmm(self) -> Vmm:
         """The machine monitor that runs the VMs."""
         return Qemu(self.accelerator)
+
+    def running(self, runtime: Path) -> Iterable[Running]:
+        """List the VMMs whose sockets are in this directory; needs no accelerator, as launching does."""
+        return qemu.running(runtime)
 
 
 class Ctx:
@@ -149,7 +208,8 @@ class Ctx:
     def foresee(self, pipeline: Pipeline, *, lane: str, args: dict[str, Any]) -> None:
         """Request what a later step will wait for, so that it is made meanwhile."""
         if queries.active_op(self.log, pipeline.kind, lane) is None:
-            self.log.request(pipeline.request(lane=lane, args=args, name=args.get("name")))
+            asked = pipeline.request(lane=lane, args=args, name=args.get("name"))
+            self.log.request(msgspec.structs.replace(asked, parent=self.op.id))
 
     def _raise_child(self, child: str) -> NoReturn:
         row = queries.op(self.log, child)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import shutil
+from pathlib import Path
 from typing import Any
 
 from banger.events import vocabulary as ev
 from banger.guest import keys
 from banger.model import Resource
-from banger.storage import ext4
-from banger.tasks import artifacts
+from banger.tasks import artifacts, lost
 from banger.tasks.context import Ctx
 from banger.tasks.pipeline import Step
 
@@ -47,19 +47,35 @@ def _make_keys(ctx: Ctx) -> None:
     keys.make_key_file(ctx.dirs.user_key)
 
 
+def forget_unfinished(path: Path) -> None:
+    """Remove what dead attempts at this file left beside it: each wrote under a name of its own."""
+    for left in path.parent.glob(f".{path.name}.*"):
+        left.unlink(missing_ok=True)
+
+
 def _disks(ctx: Ctx) -> list[Resource]:
     return [Resource(kind="file", id=str(path)) for path in (ctx.paths.overlay, ctx.paths.work)]
 
 
 def _make_disks(ctx: Ctx) -> None:
-    ext4.make(ctx.paths.overlay, ctx.config.overlay_mib, label="overlay")
-    ext4.make(ctx.paths.work, ctx.vm.spec.disk_mib, label="work")
+    _forget_unfinished_disks(ctx)
+    ctx.world.disks.make(ctx.paths.overlay, ctx.config.overlay_mib, label="overlay")
+    ctx.world.disks.make(ctx.paths.work, ctx.vm.spec.disk_mib, label="work")
     facts = ctx.facts
-    created = ev.VmCreated(image_digest=facts["image_digest"], kernel_digest=facts["kernel_digest"])
-    ctx.emit(ctx.vm_id, created)
+    digests = {"image_digest": facts["image_digest"], "kernel_digest": facts["kernel_digest"]}
+    lost.write(ctx.paths, lost.Record(vm=ctx.vm_id, spec=ctx.vm.spec, **digests))
+    ctx.emit(ctx.vm_id, ev.VmCreated(**digests))
+
+
+def _forget_unfinished_disks(ctx: Ctx) -> None:
+    for path in (ctx.paths.overlay, ctx.paths.work):
+        forget_unfinished(path)
 
 
 def _remove_disks(ctx: Ctx) -> None:
+    _forget_unfinished_disks(ctx)
+    forget_unfinished(ctx.paths.record)
+    ctx.paths.record.unlink(missing_ok=True)
     ctx.paths.overlay.unlink(missing_ok=True)
     ctx.paths.work.unlink(missing_ok=True)
 

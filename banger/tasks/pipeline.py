@@ -47,7 +47,7 @@ class Step:
     def __post_init__(self) -> None:
         if self.undo is None and not self.why_no_undo:
             raise TypeError(f"step {self.name} has no undo and does not say why")
-        if self.undo is None and self.acquires is not _nothing:
+        if self.undo is None and self.acquires is not _nothing and not self.forward_only:
             raise TypeError(f"step {self.name} acquires something and cannot undo it")
 
 

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
-from banger import proc
 from banger.errors import NotFound, WrongState
 from banger.events import queries
 from banger.events import vocabulary as ev
-from banger.guest import agent, initrd, keys
+from banger.guest import initrd, keys
 from banger.images import debian, store
 from banger.images import kernel as kernels
 from banger.model import Artifact, Process, Resource
 from banger.network import user
 from banger.tasks.context import Ctx
+from banger.tasks.make import forget_unfinished
 from banger.tasks.pipeline import Finish, Step
 from banger.vmm.driver import Disk, Machine
 
@@ -22,7 +22,7 @@ def _check_startable(ctx: Ctx) -> dict[str, Any]:
     vm = ctx.vm
     if vm.image_digest is None or vm.kernel_digest is None:
         raise WrongState(f"{vm.spec.name} was never made whole.", hint=f"`banger vm delete {vm.spec.name}`")
-    if vm.state == "running" and vm.process is not None and proc.alive(vm.process):
+    if vm.state == "running" and vm.process is not None and ctx.world.vmm.alive(vm.process):
         raise Finish
     for kind, digest in (("image", vm.image_digest), ("kernel", vm.kernel_digest)):
         if store.find(ctx.dirs.cache, kind, digest) is None:
@@ -66,10 +66,12 @@ def _write_guest_files(ctx: Ctx) -> None:
         gateway=user.GATEWAY,
         nameserver=user.DNS_SERVER,
     )
+    forget_unfinished(paths.initrd)
     initrd.write_initrd(base, paths.initrd, files)
 
 
 def _remove_guest_files(ctx: Ctx) -> None:
+    forget_unfinished(ctx.paths.initrd)
     ctx.paths.initrd.unlink(missing_ok=True)
 
 
@@ -108,14 +110,14 @@ def _wait_ready(ctx: Ctx) -> dict[str, Any]:
         _started(ctx, ctx.world.vmm.launch(_machine(ctx)))
     found = ctx.world.vmm.find(ctx.vm_id)
     process = found[0] if found else None
-    agent.wait_ready(
+    ctx.world.agent.wait_ready(
         ctx.paths.agent,
         ctx.config.ready_timeout_s,
         cancelled=ctx.cancelled,
-        alive=lambda: process is not None and proc.alive(process),
+        alive=lambda: process is not None and ctx.world.vmm.alive(process),
         report=lambda: ctx.world.vmm.crash_report(ctx.paths),
     )
-    seconds = 0.0 if process is None else round(proc.age_s(process), 3)
+    seconds = 0.0 if process is None else round(ctx.world.vmm.age_s(process), 3)
     ctx.emit(ctx.vm_id, ev.VmReady(seconds=seconds))
     return {"ready_seconds": seconds}
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 from typing import Any
 
-from banger import proc
 from banger.errors import BangerError
 from banger.events import queries
 from banger.events import vocabulary as ev
@@ -46,12 +45,14 @@ def _power_off(ctx: Ctx, vm: Vm) -> str:
         return "was not running"
     if vm.state == "running" and vm.ssh_port is not None:
         with contextlib.suppress(BangerError):
-            ssh.power_off(ssh.Target(vm=vm.id, port=vm.ssh_port, paths=ctx.paths, key=ctx.dirs.user_key))
-            if proc.wait_gone(found[0], POWER_OFF_S):
+            ctx.world.shell.power_off(
+                ssh.Target(vm=vm.id, port=vm.ssh_port, paths=ctx.paths, key=ctx.dirs.user_key)
+            )
+            if ctx.world.vmm.wait_gone(found[0], POWER_OFF_S):
                 return "power-off over SSH"
     with contextlib.suppress(BangerError):
         ctx.world.vmm.power_button(ctx.paths)
-        if proc.wait_gone(found[0], POWER_OFF_S):
+        if ctx.world.vmm.wait_gone(found[0], POWER_OFF_S):
             return "power button"
     return "killed: it did not switch itself off"
 
@@ -69,7 +70,7 @@ def _kill(ctx: Ctx) -> None:
 def _bury(ctx: Ctx) -> None:
     """Release what a VMM held that died by itself, and keep what it said last."""
     vm = ctx.vm
-    if vm.process is not None and proc.alive(vm.process):
+    if vm.process is not None and ctx.world.vmm.alive(vm.process):
         raise Finish
     said = [line.strip() for line in ctx.world.vmm.crash_report(ctx.paths).splitlines() if line.strip()]
     _clean_up(ctx)

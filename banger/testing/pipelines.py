@@ -35,7 +35,7 @@ def _file(name: str) -> Callable[[Ctx], Path]:
 
 
 def _trip(ctx: Ctx, point: str) -> None:
-    """Do what the operation was asked to do at this point: hang, fail or crash its worker.
+    """Do what the operation was asked to do at this point: hang, fail, dawdle or crash its worker.
 
     Each trap springs once: the file that marks it is made first.
     """
@@ -57,6 +57,8 @@ def _trip(ctx: Ctx, point: str) -> None:
             while not ctx.cancelled():
                 time.sleep(0.02)
             raise ProgramFailed("was told to stop hanging")
+        case "slow":
+            time.sleep(1.5)
         case "freeze":
             time.sleep(3600)
 

@@ -44,6 +44,14 @@ class Machine(Value):
     paths: VmPaths
 
 
+class Running(Value):
+    """A VMM process on the host: whose it is, and the port of 127.0.0.1 that it forwards, if any."""
+
+    vm: str
+    process: Process
+    ssh_port: int | None
+
+
 class Vmm(Protocol):
     """A virtual machine monitor. Its processes outlive us, so nothing is kept in memory between calls."""
 
@@ -56,6 +64,15 @@ class Vmm(Protocol):
 
     def find(self, vm: str) -> list[Process]:
         """Find the VMM processes of the VM with this id, by their environment."""
+
+    def alive(self, process: Process) -> bool:
+        """Tell whether exactly this VMM still runs."""
+
+    def wait_gone(self, process: Process, timeout_s: float) -> bool:
+        """Wait until this VMM has ended; False when it still runs after `timeout_s` seconds."""
+
+    def age_s(self, process: Process) -> float:
+        """Tell for how many seconds this VMM has been running."""
 
     def power_button(self, paths: VmPaths) -> None:
         """Press the guest's power button; whether it shuts down is the guest's affair.

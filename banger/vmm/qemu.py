@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,7 +21,7 @@ from banger.errors import BangerError, TimedOut, WrongState, from_os_error
 from banger.model import Process
 from banger.vmm import qmp, witness
 from banger.vmm.accelerator import Accelerator
-from banger.vmm.driver import MARK_OP, MARK_VM, Disk, Machine
+from banger.vmm.driver import MARK_OP, MARK_VM, Disk, Machine, Running
 from banger.vmm.qemu_errors import explain
 
 PROGRAM = "qemu-system-x86_64"
@@ -96,6 +97,16 @@ def _network(machine: Machine) -> str:
     return f"user,id=net,ipv6=off,restrict={restrict},{forward}"
 
 
+def running(runtime: Path) -> Iterator[Running]:
+    """List the QEMUs whose sockets are in this directory, whether or not anyone knows of them."""
+    for process, vm in proc.marked(MARK_VM):
+        # Other owners', and those of banger's tests, live below other directories.
+        words = proc.words(process)
+        if str(runtime) in words:
+            port = re.search(r"hostfwd=tcp:127\.0\.0\.1:(\d+)-:22", words)
+            yield Running(vm=vm, process=process, ssh_port=int(port[1]) if port else None)
+
+
 def _value(path: Path) -> str:
     """Write a path as an option's value, in which a comma is doubled (qemu(1))."""
     return str(path).replace(",", ",,")
@@ -123,6 +134,18 @@ class Qemu:
     def find(self, vm: str) -> list[Process]:
         """Find the QEMU processes of the VM with this id."""
         return proc.find_by_environ(MARK_VM, vm)
+
+    def alive(self, process: Process) -> bool:
+        """Tell whether exactly this QEMU still runs."""
+        return proc.alive(process)
+
+    def wait_gone(self, process: Process, timeout_s: float) -> bool:
+        """Wait until this QEMU has ended; see `Vmm.wait_gone`."""
+        return proc.wait_gone(process, timeout_s)
+
+    def age_s(self, process: Process) -> float:
+        """Tell for how many seconds this QEMU has been running."""
+        return proc.age_s(process)
 
     def power_button(self, paths: VmPaths) -> None:
         """Press the guest's power button; see `Vmm.power_button`."""

@@ -9,6 +9,14 @@ from banger.testing.crash import Trap
 from banger.testing.home import Home
 from tests.crash.world import World
 
+MATRIX = pytest.StashKey[str]()
+"""What the crash matrix has to say at the end of the run."""
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    if MATRIX in config.stash:
+        terminalreporter.write_line(config.stash[MATRIX])
+
 
 @pytest.fixture(scope="package")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:

@@ -5,17 +5,20 @@ from __future__ import annotations
 import pytest
 
 from banger.tasks import vm
+from tests.crash.test_create import STEPS, UNDONE
 from tests.crash.world import World
 
 pytestmark = [pytest.mark.guest, pytest.mark.timeout(600)]
 
 CASES = [
-    # A restart is a stop and a start, which have cases of their own.
-    pytest.param(pipeline.kind, step.name, marks=[pytest.mark.slow] * (pipeline.kind == "vm.restart"))
+    (pipeline.kind, step.name)
     for pipeline in vm.PIPELINES
     if pipeline.kind in ("vm.start", "vm.stop", "vm.restart", "vm.kill", "vm.delete")
     for step in pipeline.steps
 ]
+DEATHS = 2 * (len(CASES) + len(STEPS[1:]) + len(UNDONE))
+"""A worker's, then the daemon's, in each of the cases here and in `test_create`."""
+
 RUNS_AFTER = {"vm.start": True, "vm.restart": True, "vm.stop": False, "vm.kill": False}
 
 
@@ -39,3 +42,8 @@ def test_worker_then_daemon_die_in_the_middle_of_a_step(world: World, kind: str,
             world.answers()
         world.delete()
     world.nothing_is_left()
+
+
+def test_there_are_enough_deaths() -> None:
+    """At least sixty kills on real guests in every run, each second one during the recovery of the first."""
+    assert DEATHS >= 60

@@ -12,6 +12,7 @@ import pytest
 from banger import proc
 from banger.config import VmPaths
 from banger.network import user
+from banger.testing.recording import RecordingVmm
 from banger.vmm import tsc
 from banger.vmm.accelerator import Accelerator
 from banger.vmm.driver import MARK_VM, Machine, Vmm
@@ -58,8 +59,12 @@ def tiny_kernel(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def vmm(tsc_khz: int) -> Vmm:
-    return Qemu(Accelerator(name="tcg", why="a test", tsc_khz=tsc_khz))
+def vmm(request: pytest.FixtureRequest, tsc_khz: int, tmp_path: Path) -> Vmm:
+    """QEMU; where a test is parametrised with it, the recording VMM too."""
+    if getattr(request, "param", "qemu") == "qemu":
+        return Qemu(Accelerator(name="tcg", why="a test", tsc_khz=tsc_khz))
+    (place := tmp_path / "vmms").mkdir()
+    return RecordingVmm(place)
 
 
 @pytest.fixture
@@ -97,5 +102,6 @@ def make_machine(world: Path, tiny_kernel: Path, vmm: Vmm) -> Iterator[MakeMachi
     yield make
     for machine in made:
         vmm.destroy(machine.vm, machine.paths)
+        assert vmm.find(machine.vm) == []
         assert proc.find_by_environ(MARK_VM, machine.vm) == []
     assert [path.name for path in world.iterdir() if path.suffix in (".pid", ".qmp", ".agent")] == []

@@ -18,8 +18,9 @@ import pytest
 from banger import proc
 from banger.errors import Busy, HostLacks, PortTaken, WrongState
 from banger.model import Process
-from banger.vmm import witness
-from banger.vmm.driver import MARK_OP, MARK_VM, Disk, Machine, Vmm
+from banger.testing.recording import RecordingVmm
+from banger.vmm import qemu, witness
+from banger.vmm.driver import MARK_OP, MARK_VM, Disk, Machine, Running, Vmm
 from tests.vmm.conftest import MakeMachine
 
 # Runs in a process of its own, so that it can be killed: argv is the machine as JSON and the TSC.
@@ -33,6 +34,17 @@ machine = msgspec.json.decode(sys.argv[1], type=Machine, dec_hook=lambda kind, t
 print("go", flush=True)
 Qemu(Accelerator(name="tcg", why="a test", tsc_khz=int(sys.argv[2]))).launch(machine)
 """
+
+
+BOTH = pytest.mark.parametrize("vmm", ["qemu", "recording"], indirect=True)
+
+
+def kill(vmm: Vmm, machine: Machine, process: Process) -> None:
+    """End a VMM by SIGKILL."""
+    if isinstance(vmm, RecordingVmm):
+        vmm.kill(machine.vm)
+    else:
+        proc.kill(process)
 
 
 def said_on_console(machine: Machine, timeout_s: float = 10.0) -> str:
@@ -63,6 +75,7 @@ def status(process: Process, field: str) -> str:
     return next(line.split()[1] for line in lines if line.startswith(f"{field}:"))
 
 
+@BOTH
 def test_launch_runs_the_guest(vmm: Vmm, make_machine: MakeMachine) -> None:
     """A launched machine executes its kernel, and its process is found by the VM's id."""
     machine = make_machine()
@@ -80,6 +93,7 @@ def test_the_vmm_stands_alone(vmm: Vmm, make_machine: MakeMachine) -> None:
     assert status(process, "NoNewPrivs") == "1"
 
 
+@BOTH
 def test_its_sockets_are_the_owners_alone(vmm: Vmm, make_machine: MakeMachine) -> None:
     """Whoever reaches the control socket rules the VM, so only the owner does."""
     machine = make_machine()
@@ -88,26 +102,63 @@ def test_its_sockets_are_the_owners_alone(vmm: Vmm, make_machine: MakeMachine) -
         assert path.stat().st_mode & 0o077 == 0, path
 
 
+@BOTH
+def test_a_vmm_that_runs_is_told_from_one_that_ended(vmm: Vmm, make_machine: MakeMachine) -> None:
+    """It is alive and waited for in vain; killed, it is neither, and no later one is taken for it."""
+    machine = make_machine()
+    process = vmm.launch(machine)
+    assert (vmm.alive(process), vmm.wait_gone(process, 0.05)) == (True, False)
+    assert 0 <= vmm.age_s(process) < 60
+    kill(vmm, machine, process)
+    assert (vmm.alive(process), vmm.wait_gone(process, 5)) == (False, True)
+    assert vmm.launch(machine) != process
+    assert not vmm.alive(process)
+
+
+@BOTH
+def test_what_runs_is_listed_with_its_port(vmm: Vmm, make_machine: MakeMachine, world: Path) -> None:
+    """An audit sees each VMM of one runtime directory, whose it is and which port it forwards."""
+    listed = vmm.running if isinstance(vmm, RecordingVmm) else qemu.running
+    machine = make_machine()
+    process = vmm.launch(machine)
+    assert list(listed(world)) == [Running(vm=machine.vm, process=process, ssh_port=machine.ssh_port)]
+    assert list(listed(world / "of-another-owner")) == []
+
+
+def test_a_port_of_another_recorded_vmm_is_taken(make_machine: MakeMachine, tmp_path: Path) -> None:
+    """The recording VMM knows the ports of its own kind only, and refuses those."""
+    (place := tmp_path / "of-its-own").mkdir()
+    vmm = RecordingVmm(place)
+    first = make_machine()
+    vmm.launch(first)
+    with pytest.raises(PortTaken):
+        vmm.launch(make_machine(ssh_port=first.ssh_port))
+    vmm.destroy(first.vm, first.paths)
+
+
+@BOTH
 def test_launch_adopts(vmm: Vmm, make_machine: MakeMachine) -> None:
     """Launching again in the same operation gives the process that runs already."""
     machine = make_machine()
     assert vmm.launch(machine) == vmm.launch(machine)
 
 
+@BOTH
 def test_launch_replaces_what_another_operation_left(vmm: Vmm, make_machine: MakeMachine) -> None:
     """A VMM of an earlier operation may have been told other things, so it is replaced."""
     machine = make_machine()
     old = vmm.launch(machine)
     new = vmm.launch(msgspec.structs.replace(machine, op="op-2"))
-    assert not proc.alive(old)
+    assert not vmm.alive(old)
     assert vmm.find(machine.vm) == [new]
 
 
+@BOTH
 def test_launch_replaces_one_that_died(vmm: Vmm, make_machine: MakeMachine) -> None:
     """The sockets and the pidfile of a VMM that was killed do not hinder the next."""
     machine = make_machine()
     old = vmm.launch(machine)
-    proc.kill(old)
+    kill(vmm, machine, old)
     assert machine.paths.qmp.exists()
     assert vmm.launch(machine) != old
 
@@ -128,6 +179,7 @@ def test_a_taken_port_has_its_own_error(vmm: Vmm, make_machine: MakeMachine) -> 
     assert vmm.find(machine.vm) == []
 
 
+@BOTH
 def test_a_missing_disk_is_named(vmm: Vmm, make_machine: MakeMachine) -> None:
     """A disk that is not there stops the launch with its path in the sentence."""
     machine = make_machine(disks=(Disk(serial="base", path=Path("/no/such/disk"), read_only=True),))
@@ -135,6 +187,7 @@ def test_a_missing_disk_is_named(vmm: Vmm, make_machine: MakeMachine) -> None:
         vmm.launch(machine)
 
 
+@BOTH
 def test_a_base_is_shared_and_a_writable_disk_is_not(
     vmm: Vmm, make_machine: MakeMachine, world: Path
 ) -> None:
@@ -158,22 +211,25 @@ def test_too_much_memory_is_refused(vmm: Vmm, make_machine: MakeMachine) -> None
         vmm.launch(make_machine(memory_mib=800_000_000))
 
 
+@BOTH
 def test_an_unreadable_kernel_is_named(vmm: Vmm, make_machine: MakeMachine) -> None:
     """A kernel that is not there stops the launch with its path in the sentence."""
     with pytest.raises(HostLacks, match="/no/such/kernel"):
         vmm.launch(make_machine(kernel=Path("/no/such/kernel")))
 
 
+@BOTH
 def test_destroy_repeats(vmm: Vmm, make_machine: MakeMachine) -> None:
     """Destroying twice is as good as once, and leaves neither process nor socket."""
     machine = make_machine()
     process = vmm.launch(machine)
     for _ in range(2):
         vmm.destroy(machine.vm, machine.paths)
-        assert not proc.alive(process)
+        assert not vmm.alive(process)
         assert not machine.paths.qmp.exists()
 
 
+@BOTH
 def test_destroy_needs_no_launch(vmm: Vmm, make_machine: MakeMachine) -> None:
     """Destroying what never was, even without its directory, succeeds."""
     machine = make_machine()
@@ -182,21 +238,23 @@ def test_destroy_needs_no_launch(vmm: Vmm, make_machine: MakeMachine) -> None:
     vmm.destroy(machine.vm, machine.paths)
 
 
+@BOTH
 def test_destroy_finds_a_stray_without_its_directory(vmm: Vmm, make_machine: MakeMachine) -> None:
     """A VMM whose directory someone deleted is still found and ended."""
     machine = make_machine()
     process = vmm.launch(machine)
     machine.paths.directory.rename(machine.paths.directory.with_suffix(".gone"))
     vmm.destroy(machine.vm, machine.paths)
-    assert not proc.alive(process)
+    assert not vmm.alive(process)
 
 
+@BOTH
 def test_destroy_spares_others(vmm: Vmm, make_machine: MakeMachine) -> None:
     """Destroying one VM leaves the one beside it alone, even when its id begins alike."""
     machine = make_machine()
     neighbour = vmm.launch(make_machine())
     vmm.destroy(machine.vm, machine.paths)
-    assert proc.alive(neighbour)
+    assert vmm.alive(neighbour)
 
 
 @pytest.mark.parametrize("after_ms", [0, 1, 2, 3, 4, 5, 6, 8, 10, 15, 20, 25, 30, 40])
@@ -258,20 +316,22 @@ def test_the_mark_names_the_operation(vmm: Vmm, make_machine: MakeMachine) -> No
     assert proc.find_by_environ(MARK_OP, "op-of-this-test") == [process]
 
 
+@BOTH
 def test_the_power_button_is_pressed(vmm: Vmm, make_machine: MakeMachine) -> None:
     """Pressing the button of a running VM succeeds; the guest that ignores it goes on."""
     machine = make_machine()
     process = vmm.launch(machine)
     vmm.power_button(machine.paths)
-    assert proc.alive(process)
+    assert vmm.alive(process)
 
 
+@BOTH
 def test_the_power_button_of_nothing_is_refused(vmm: Vmm, make_machine: MakeMachine) -> None:
     """There is no button to press when nothing runs, or when what ran was killed."""
     machine = make_machine()
     with pytest.raises(WrongState):
         vmm.power_button(machine.paths)
-    proc.kill(vmm.launch(machine))
+    kill(vmm, machine, vmm.launch(machine))
     with pytest.raises(WrongState):
         vmm.power_button(machine.paths)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sqlite3
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 
 from banger import proc
-from banger.events import queries
+from banger.events import database, queries
 from banger.events.fold import Op, fold_op
 from banger.events.log import EventLog
 from banger.model import Process
@@ -179,3 +180,18 @@ def test_an_undone_operation_is_asked_for_anew(pool: Pool, tmp_path: Path) -> No
     assert left(tmp_path) == set(STEPS)
     refused = pool.home.banger("ops", "retry", reply["op"])
     assert (refused.returncode, "is done" in refused.stderr) == (4, True)
+
+
+def test_an_operation_goes_on_when_everything_but_the_log_is_deleted(pool: Pool, tmp_path: Path) -> None:
+    """Queue, operations and ledger emptied under a worker at work: all of it comes back, and it ends well."""
+    op = pool.request(tmp_path, traps={"two/half": "slow"})
+    pool.until_sprung(tmp_path)
+    vandal = sqlite3.connect(pool.log.path)
+    with vandal:
+        for table in database.WATCHED:
+            vandal.execute(f"DELETE FROM {table}")
+    vandal.close()
+    assert pool.end(op).fate == "done"
+    assert left(tmp_path) == set(STEPS)
+    pool.log.mend()
+    assert pool.log.rebuild() == []
