@@ -2,7 +2,7 @@
 
 SHELL := bash
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint bench clean packages requirements
+.PHONY: help demo test lint bench clean packages packages-dev requirements
 
 bin := .venv/bin
 export TIMEFORMAT := %1R s
@@ -35,6 +35,11 @@ packages:
 
 .venv/bin/python: | packages
 	time setup/venv
+
+.venv/dev: | packages-dev
+
+packages-dev: packages
+	setup/packages $$(sed 's/#.*//' setup/packages-dev.txt)
 
 # Wheels only: a host that has nothing but Python has no compiler. The project itself goes in
 # without dependencies or isolation, so its build backend is one of the pinned packages too.

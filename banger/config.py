@@ -96,6 +96,11 @@ class Dirs(Value):
         return self.state / "banger.db"
 
     @property
+    def blobs(self) -> Path:
+        """What was fetched from registries, by digest."""
+        return self.cache / "blobs"
+
+    @property
     def socket(self) -> Path:
         """The daemon's socket."""
         return self.runtime / "daemon.sock"
@@ -179,6 +184,7 @@ class Config(Value):
 
     image: str = "debian-12"
     kernel: str = "debian-12"
+    registry: str | None = None
     vcpu: int | None = None
     memory_mib: int | None = None
     disk_mib: int = 8192
@@ -189,6 +195,7 @@ class Config(Value):
     capacity_memory_mib: int | None = None
     capacity_vcpu: int | None = None
     ready_timeout_s: float = 60.0
+    catalogs: tuple[str, ...] = ()
 
 
 class Capacity(Value):

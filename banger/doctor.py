@@ -15,7 +15,7 @@ from typing import Literal
 
 from banger import config, proc
 from banger.errors import BangerError
-from banger.events import queries
+from banger.events import queries, verify
 from banger.model import Value
 from banger.vmm import accelerator
 
@@ -24,6 +24,7 @@ NEEDED_CACHE_MIB = 1536
 # Disks are sparse: a fresh VM takes some 10 MiB, and what its guest writes.
 NEEDED_STATE_MIB = 512
 NEEDED_MEMORY_MIB = 512
+NEWEST_EVENTS = 100_000
 APT = Path("/etc/apt")
 
 # program, the Debian package that has it, what banger does with it
@@ -33,6 +34,8 @@ PROGRAMS = (
     ("fakeroot", "fakeroot", "keeps owners in images that are built without root"),
     ("mkfs.ext4", "e2fsprogs", "makes disks"),
     ("e2fsck", "e2fsprogs", "checks disks"),
+    ("debugfs", "e2fsprogs", "looks into disks"),
+    ("tar2sqfs", "squashfs-tools-ng", "writes images"),
     ("ssh", "openssh-client", "opens shells in VMs"),
     ("setsid", "util-linux", "detaches VMs"),
 )
@@ -259,6 +262,20 @@ def _capacity(host: Host) -> Iterator[Check]:
     yield Check(name="capacity", status="pass", detail=detail)
 
 
+def _event_log(host: Host) -> Iterator[Check]:
+    """Check what the daemon checks before it writes: the newest rows."""
+    if not host.dirs.database.exists():
+        yield Check(name="event log", status="pass", detail="none yet")
+        return
+    verdict = verify.verify_log(host.dirs.database, newest=NEWEST_EVENTS)
+    try:
+        verdict.require_good()
+    except BangerError as error:
+        yield _lacking("event log", error.message, error.hint)
+    else:
+        yield Check(name="event log", status="pass", detail=f"{verdict.rows} events, as they were written")
+
+
 def _stuck_operations(host: Host) -> Iterator[Check]:
     """Warn of operations that wait for a person."""
     found = queries.stuck_in(host.dirs.database)
@@ -296,6 +313,7 @@ EXAMINATIONS: tuple[Callable[[Host], Iterator[Check]], ...] = (
     _acceleration,
     _sizes,
     _capacity,
+    _event_log,
     _stuck_operations,
     _offered,
 )

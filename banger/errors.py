@@ -79,7 +79,7 @@ class OperationFailed(BangerError):
 
 
 class Cancelled(OperationFailed):
-    """The operation was cancelled and undone."""
+    """The operation was cancelled."""
 
     code = "cancelled"
 
@@ -89,6 +89,12 @@ class Stuck(BangerError):
 
     code = "stuck"
     exit_code = 7
+
+
+class InvalidImage(OperationFailed):
+    """The image or kernel is not what it should be."""
+
+    code = "image-invalid"
 
 
 class HostLacks(OperationFailed):
@@ -121,6 +127,55 @@ class ProgramFailed(OperationFailed):
     ):
         super().__init__(message, hint=hint, op=op)
         self.status = status
+
+
+class DownloadFailed(OperationFailed):
+    """The file could not be downloaded."""
+
+    code = "download"
+    default_hint = "Run it again: it goes on where it was."
+
+
+class RegistryError(OperationFailed):
+    """The registry did not give the image."""
+
+    code = "registry"
+    default_hint = "Run it again: what came whole so far is kept."
+
+
+class RegistryUnreachable(RegistryError):
+    """The registry cannot be reached."""
+
+    code = "registry-unreachable"
+    default_hint = "Check the registry's name and your network, and run it again: what came so far is kept."
+
+
+class RegistrySlow(RegistryError):
+    """The registry is too slow."""
+
+    code = "registry-slow"
+    default_hint = "Run it again: it goes on where it was."
+
+
+class RegistryDenied(RegistryError):
+    """The registry does not let you have this image."""
+
+    code = "registry-denied"
+    default_hint = "Check the image's name, and log in with `docker login`, `podman login` or `skopeo login`."
+
+
+class ImageUnknown(RegistryError):
+    """The registry has no such image."""
+
+    code = "registry-unknown"
+    default_hint = "Check its name and tag."
+
+
+class RegistryUntrusted(RegistryError):
+    """The registry sent something else than it promised, or pointed to where it must not."""
+
+    code = "registry-untrusted"
+    default_hint = "Nothing of it was kept. If you trust the registry, tell whoever runs it."
 
 
 class TimedOut(OperationFailed):

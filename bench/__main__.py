@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from bench import boots, command_line, idle, log, peers, queue
+from bench import boots, command_line, idle, log, peers, pull, queue
 from bench.figures import OUTPUT, Figures
 
 PARTS = {
@@ -14,6 +14,7 @@ PARTS = {
     "idle": idle.measure,
     "command_line": command_line.measure,
     "boots": boots.measure,
+    "pull": pull.measure,
 }
 
 

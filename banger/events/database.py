@@ -101,6 +101,8 @@ def missing(db: sqlite3.Connection, names: Iterable[str] = WATCHED) -> list[str]
     """Name the projections that have another number of rows than banger's connections left there."""
     asked = list(names)
     differences = db.execute(f"SELECT {_differences(asked)} FROM head").fetchone()  # noqa: S608  our own names
+    if differences is None:
+        return asked
     return [name for name, difference in zip(asked, differences, strict=True) if difference]
 
 
@@ -133,7 +135,11 @@ def begin(db: sqlite3.Connection) -> Begin:
 
     Raises LogDamaged when the log does not end where it was last written.
     """
-    noted, noted_hash, last, last_hash, *differences = db.execute(_BEGIN).fetchone()
+    found = db.execute(_BEGIN).fetchone()
+    if found is None:  # something has deleted the note of where the log ends, and the counts with it
+        _begin_head(db)
+        found = (*db.execute("SELECT seq, hash, seq, hash FROM head").fetchone(), True)
+    noted, noted_hash, last, last_hash, *differences = found
     if (noted, noted_hash) != (last or 0, last_hash or NO_HASH):
         raise LogDamaged(
             f"The event log ends with row {last or 0}; the last that was written is row {noted}."

@@ -155,6 +155,7 @@ class EventLog:
         self.peewee = database.connect(path, read_only=read_only)
         self._lock = os.open(f"{path}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         self.db: sqlite3.Connection = self.peewee.connection()  # type: ignore[no-untyped-call]
+        self._inode = path.stat().st_ino
         if read_only:
             database.require_complete(self.db)
         else:
@@ -209,6 +210,7 @@ class EventLog:
         """Hold the writers' lock and an SQLite transaction; commit it at the end of the block."""
         if self.read_only:
             raise ReadOnly
+        self.require_file()
         with self._locked():
             try:
                 self._synchronize(durable=durable)
@@ -225,6 +227,18 @@ class EventLog:
                     raise LogDamaged(f"{self.path} cannot be read: {error}.") from error
                 raise
 
+    def require_file(self) -> None:
+        """Raise LogDamaged when the file was removed or replaced: what is written would be lost."""
+        try:
+            there = self.path.stat().st_ino
+        except FileNotFoundError:
+            there = None
+        if there != self._inode:
+            raise LogDamaged(
+                f"{self.path} was removed or replaced while it was in use.",
+                hint="`banger daemon stop`; the next command begins with what is there then.",
+            )
+
     def _synchronize(self, *, durable: bool) -> None:
         if durable != self._durable:
             self.db.execute(f"PRAGMA synchronous = {'FULL' if durable else 'NORMAL'}")
@@ -235,6 +249,8 @@ class EventLog:
         if not database.missing(self.db):
             return False
         with self.transaction() as tx:
+            if tx.mend():
+                return True
             if not database.missing(self.db):
                 return False
             tx.rebuild()

@@ -211,8 +211,12 @@ def find_vm(log: EventLog, word: str) -> Vm:
 
 
 def stuck(log: EventLog) -> list[OpSummary]:
-    """List the operations that could be neither finished nor undone, and that nobody gave up."""
-    query = OpRow.select().where(OpRow.fate == "stuck").order_by(OpRow.seq)
+    """List the operations that could be neither finished nor undone, and that nobody gave up.
+
+    Those on a VM that has been deleted since are over with it.
+    """
+    there = OpRow.vm.is_null() | (OpRow.vm << VmRow.select(VmRow.vm))
+    query = OpRow.select().where((OpRow.fate == "stuck") & there).order_by(OpRow.seq)
     return [_summary(row) for row in query.execute(log.peewee)]
 
 
@@ -221,7 +225,10 @@ def stuck_in(database: Path) -> list[tuple[str, str, str | None]]:
     if not database.exists():
         return []
     with contextlib.closing(sqlite3.connect(f"file:{database}?mode=ro", uri=True)) as db:
-        return db.execute("SELECT op, kind, name FROM op WHERE fate = 'stuck' ORDER BY seq").fetchall()
+        return db.execute(
+            "SELECT op, kind, name FROM op WHERE fate = 'stuck' AND (vm IS NULL OR vm IN (SELECT vm FROM vm))"
+            " ORDER BY seq"
+        ).fetchall()
 
 
 def known_vms(log: EventLog) -> set[str]:

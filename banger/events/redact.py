@@ -41,8 +41,9 @@ _NAME = (
 _IS = r"""\\*["']?\s*[=:]>?\s*"""
 _QUOTED = r"""(?P<quote>\\*["']).*?(?:(?<!\\)(?P=quote)|\Z)"""
 _SSH_KEY = r"(?:ssh|ecdsa|sk)-[\w@.-]{1,64}\s+AAAA[\w+/=]+(?:[ \t]+\S+@\S+)?"
-# After a secret's name, also where more names or the kind of secret come first.
-_VALUE = rf"""(?:[\w-]++\\*["']?[=:]\s++)*+(?:{_QUOTED}|(?:bearer|basic|digest)\s+\S++|{_SSH_KEY}|\S*+)"""
+# After a secret's name, also where more names or the kind of secret come first. (An atomic group: Python
+# 3.11.2, which is Debian 12's, forgets the rest of a group that is repeated possessively.)
+_VALUE = rf"""(?>(?:[\w-]++\\*["']?[=:]\s++)*)(?:{_QUOTED}|(?:bearer|basic|digest)\s+\S++|{_SSH_KEY}|\S*+)"""
 
 _SECRET_NAME = re.compile(f"{_BEGIN}(?:{_LINE_NAME}|{_NAME})", re.IGNORECASE)
 _FLAG = re.compile(rf"{_BEGIN}--?{_NAME}\Z", re.IGNORECASE)

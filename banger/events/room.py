@@ -25,9 +25,13 @@ _FIRST = f"""
     SELECT w.op, w.lane, w.memory_mib, w.vcpu, w.disk_mib FROM work w
     WHERE {READY} AND {NEEDS_ROOM} AND {OLDEST_OF_ITS_LANE} ORDER BY w.seq LIMIT 1
 """  # noqa: S608  constants
+_TURN = "waits for its turn"
+# Told once; and once more when it is no longer its turn but something of the host's that is lacking.
 _UNTOLD = f"""
     SELECT w.op FROM work w
-    WHERE w.state = 'ready' AND {NEEDS_ROOM} AND w.reason IS NULL AND {OLDEST_OF_ITS_LANE} ORDER BY w.seq
+    WHERE w.state = 'ready' AND {NEEDS_ROOM} AND {OLDEST_OF_ITS_LANE}
+      AND (w.reason IS NULL OR (w.reason LIKE '{_TURN}%' AND :reason NOT LIKE '{_TURN}%'))
+    ORDER BY w.seq
 """  # noqa: S608  constants
 _TAKEN = """
     SELECT coalesce(sum(memory_mib), 0), coalesce(sum(vcpu), 0) FROM vm
@@ -56,19 +60,20 @@ def fits(log: EventLog, capacity: Capacity | None) -> str | None:
 
 def untold(log: EventLog, capacity: Capacity | None) -> list[str]:
     """List the operations that wait for room and have not been told so."""
-    first = _first(log)
-    if first is None or not _lacking(log, first, capacity):
-        return []
-    return [op for (op,) in log.db.execute(_UNTOLD)]
+    reason = _reason(log, capacity)
+    return [op for (op,) in log.db.execute(_UNTOLD, {"reason": reason})] if reason else []
 
 
 def tell_why(tx: Tx, capacity: Capacity | None) -> None:
-    """Tell every operation that waits for room why, once each: what the first one lacks, all lack."""
-    first = _first(tx.log)
-    reason = first and _lacking(tx.log, first, capacity)
-    if reason:
-        for op in untold(tx.log, capacity):
-            tx.append(op, ev.OpWaiting(reason=reason), op=op)
+    """Tell every operation that waits for room why: what the first one lacks, all lack."""
+    reason = _reason(tx.log, capacity)
+    for op in untold(tx.log, capacity):
+        tx.append(op, ev.OpWaiting(reason=reason or ""), op=op)
+
+
+def _reason(log: EventLog, capacity: Capacity | None) -> str | None:
+    first = _first(log)
+    return None if first is None else _lacking(log, first, capacity)
 
 
 def _first(log: EventLog) -> _First | None:
@@ -80,9 +85,6 @@ def _lacking(log: EventLog, first: _First, capacity: Capacity | None) -> str | N
     """Say what the host lacks for an operation; None when it fits, or nothing bounds it."""
     if capacity is None:
         return None
-    making = log.db.execute(_MAKING).fetchone()[0]
-    if making >= capacity.at_once:
-        return f"waits for its turn: {making} of {capacity.at_once} at once are being made or started"
     memory_mib, vcpu = log.db.execute(_TAKEN, {"lane": first.lane}).fetchone()
     for what, needed, taken, limit, unit in (
         ("memory", first.memory_mib, memory_mib, capacity.memory_mib, " MiB"),
@@ -90,7 +92,14 @@ def _lacking(log: EventLog, first: _First, capacity: Capacity | None) -> str | N
     ):
         if needed and taken + needed > limit:
             return f"waits for {what}: {needed}{unit} needed, {max(0, limit - taken)} of {limit}{unit} free"
-    return _lacking_disk(log, first, capacity)
+    return _lacking_disk(log, first, capacity) or _lacking_turn(log, capacity)
+
+
+def _lacking_turn(log: EventLog, capacity: Capacity) -> str | None:
+    making = log.db.execute(_MAKING).fetchone()[0]
+    if making < capacity.at_once:
+        return None
+    return f"{_TURN}: {making} of {capacity.at_once} at once are being made or started"
 
 
 def _lacking_disk(log: EventLog, first: _First, capacity: Capacity) -> str | None:

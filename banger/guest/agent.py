@@ -39,7 +39,7 @@ def wait_ready(
             channel.connect(str(path))
             channel.sendall(b"hello\n")
         except OSError:
-            raise ProgramFailed(f"The VMM ended before the guest was ready. {_brief(report())}") from None
+            raise _ended(report()) from None
         heard = b""
         while b"ready\n" not in heard:
             try:
@@ -49,7 +49,7 @@ def wait_ready(
             except OSError:
                 piece = b""
             if piece == b"" or not alive():
-                raise ProgramFailed(f"The VMM ended before the guest was ready. {_brief(report())}")
+                raise _ended(report())
             heard = (heard + (piece or b""))[-MAX_ANSWER:]
             if cancelled():
                 raise Cancelled
@@ -58,6 +58,10 @@ def wait_ready(
                     f"The guest did not say that it is ready within {timeout_s:g} s. {_brief(report())}",
                     hint="`banger vm logs` shows its console; ready_timeout_s in config.toml is the wait.",
                 )
+
+
+def _ended(report: str) -> ProgramFailed:
+    return ProgramFailed(f"The VMM ended before the guest was ready. {_brief(report)}".rstrip())
 
 
 def _brief(report: str) -> str:

@@ -9,14 +9,11 @@ from pathlib import Path
 
 import msgspec
 
-from banger.images import packages, store
+from banger.images import base, packages, store
 from banger.model import Artifact, Value
-from banger.storage import ext4
 
-VERSION = 1
+VERSION = 2
 """Counts changes of how images are built; part of the digest."""
-
-ROOTFS = "root.ext4"
 
 
 class Recipe(Value):
@@ -76,17 +73,18 @@ def build(
         )
         progress("writing the file system")
         installed = _installed(archive)
-        ext4.make_from_tar(staging / ROOTFS, archive, label=recipe.name, cancelled=cancelled)
+        made = base.make(archive, staging / base.FILE, label=recipe.name, cancelled=cancelled)
         archive.unlink()
         listing = "\n".join(installed).encode()
-        return {"packages": installed, "packages_sha256": hashlib.sha256(listing).hexdigest()}
+        sha256 = hashlib.sha256(listing).hexdigest()
+        return {"format": made.format, "packages": installed, "packages_sha256": sha256}
 
     return store.build(cache, "image", recipe.name, recipe.digest, make, cancelled)
 
 
 def rootfs_path(image: Artifact) -> Path:
-    """Give the image's root file system: ext4, shared read-only by every VM."""
-    return image.path / ROOTFS
+    """Give the image's root file system: shared read-only by every VM."""
+    return base.path_of(image)
 
 
 def _installed(archive: Path) -> list[str]:

@@ -9,6 +9,7 @@ import tarfile
 from collections.abc import Callable, Iterator
 from importlib import resources
 from pathlib import Path, PurePosixPath
+from typing import Protocol
 
 import msgspec
 
@@ -17,7 +18,7 @@ from banger.guest import cpio
 from banger.images import elf, packages, store
 from banger.model import Artifact, Value
 
-VERSION = 2
+VERSION = 4
 """Counts changes of how bundles are built; part of the digest."""
 
 VMLINUZ = "vmlinuz"
@@ -25,12 +26,19 @@ INITRD = "initrd.cpio"
 ASSETS = ("init", "stage2", "services", "power-button")
 INTERPRETER = b"/lib64/ld-linux-x86-64.so.2"
 OUR_INTERPRETER = b"/run/banger/ld.so"
+"""dropbear runs itself again for each connection, by its own path."""
+
+ACCOUNTS = b"/etc/nsswitch.conf"
+OUR_ACCOUNTS = b"/run/banger/nss"
+"""A file that is not there: our libc then looks in /etc/passwd, and loads no library of the image's."""
 
 # What it takes to find the disks, the network and the host; the rest of the kernel is built in.
 BOOT_MODULES = ("virtio_mmio", "virtio_blk", "virtio_net", "virtio_console", "virtio-rng", "overlay")
+SQUASHFS_MODULES = ("squashfs",)  # only for a base file in this format
 LATER_MODULES = ("button", "evdev")
 LIBRARY_PLACES = ("/lib/x86_64-linux-gnu", "/usr/lib/x86_64-linux-gnu")
 LOADER = "ld-linux-x86-64.so.2"
+LIBC = "libc.so.6"
 
 
 class Recipe(Value):
@@ -44,7 +52,7 @@ class Recipe(Value):
     def digest(self) -> str:
         """Name what this recipe makes: sha256 over the recipe, how it is built, and our own files."""
         own = [resources.files("banger.guest").joinpath("assets", name).read_text() for name in ASSETS]
-        parts = (VERSION, self, own, BOOT_MODULES, LATER_MODULES)
+        parts = (VERSION, self, own, BOOT_MODULES, SQUASHFS_MODULES, LATER_MODULES)
         return hashlib.sha256(msgspec.json.encode(parts)).hexdigest()
 
 
@@ -80,12 +88,12 @@ def build(
         )
         progress("making the initrd")
         with tarfile.open(archive) as tar:
-            files = _Files(tar)
+            files = Files(tar)
             version, vmlinuz = files.kernel()
             (staging / VMLINUZ).write_bytes(vmlinuz)
-            (staging / INITRD).write_bytes(cpio.archive(_initrd(files, version)))
+            (staging / INITRD).write_bytes(cpio.archive(initrd(files, version)))
         archive.unlink()
-        return {"version": version, "modules": list(BOOT_MODULES + LATER_MODULES)}
+        return {"version": version, "modules": list(BOOT_MODULES + SQUASHFS_MODULES + LATER_MODULES)}
 
     return store.build(cache, "kernel", recipe.name, recipe.digest, make, cancelled)
 
@@ -95,7 +103,7 @@ def kernel_paths(kernel: Artifact) -> tuple[Path, Path]:
     return kernel.path / VMLINUZ, kernel.path / INITRD
 
 
-class _Files:
+class Files:
     """The files of the unpacked packages, read from their archive as they are needed."""
 
     def __init__(self, tar: tarfile.TarFile):
@@ -149,7 +157,7 @@ def _normal(path: PurePosixPath) -> str:
     return "/" + "/".join(parts)
 
 
-def _initrd(files: _Files, version: str) -> Iterator[cpio.Entry]:
+def initrd(files: Files, version: str) -> Iterator[cpio.Entry]:
     """Give the initrd's entries: busybox, modules, our scripts, and what lives on in the guest."""
     for name in ("proc", "sys", "dev", "base", "up", "root"):
         yield cpio.directory(name)
@@ -159,6 +167,7 @@ def _initrd(files: _Files, version: str) -> Iterator[cpio.Entry]:
     yield cpio.file("bin/busybox", busybox, 0o755)
     yield cpio.file("init", _asset("init"), 0o755)
     yield from _modules(files, version, "modules", BOOT_MODULES)
+    yield from _modules(files, version, "modules/squashfs", SQUASHFS_MODULES)
     yield from _modules(files, version, "assets/modules", LATER_MODULES)
     yield cpio.file("assets/bin/busybox", busybox, 0o755)
     for applet in ("sh", "poweroff"):
@@ -166,12 +175,14 @@ def _initrd(files: _Files, version: str) -> Iterator[cpio.Entry]:
     for name in ASSETS[1:]:
         yield cpio.file(f"assets/{name}", _asset(name), 0o755)
     dropbear = files.read("/usr/sbin/dropbear")
-    yield cpio.file("assets/bin/dropbear", _with_our_loader(dropbear), 0o755)
+    yield cpio.file("assets/bin/dropbear", _patched(dropbear, INTERPRETER, OUR_INTERPRETER), 0o755)
     for library, content in _libraries(files, dropbear).items():
+        if library == LIBC:
+            content = _patched(content, ACCOUNTS, OUR_ACCOUNTS)
         yield cpio.file("assets/ld.so" if library == LOADER else f"assets/lib/{library}", content, 0o755)
 
 
-def _libraries(files: _Files, program: bytes) -> dict[str, bytes]:
+def _libraries(files: Files, program: bytes) -> dict[str, bytes]:
     """Give the libraries a program needs, and those that they need: the image may have none of them."""
     found: dict[str, bytes] = {}
     wanted = elf.needed(program)
@@ -187,33 +198,49 @@ def _asset(name: str) -> bytes:
     return resources.files("banger.guest").joinpath("assets", name).read_bytes()
 
 
-def _with_our_loader(program: bytes) -> bytes:
-    """Make a program use our loader: it runs itself again for each connection, by its own path."""
-    if program.count(INTERPRETER + b"\0") != 1:
-        raise ProgramFailed("The SSH server's program has an unexpected loader.")
-    return program.replace(INTERPRETER, OUR_INTERPRETER.ljust(len(INTERPRETER), b"\0"))
+def _patched(content: bytes, path: bytes, ours: bytes) -> bytes:
+    """Make a program or library use our file: the path that is in it, once, becomes a shorter one."""
+    if content.count(path + b"\0") != 1 or len(ours) > len(path):
+        raise ProgramFailed(f"A file of the packages does not name {path.decode()} once.")
+    return content.replace(path + b"\0", ours.ljust(len(path) + 1, b"\0"))
 
 
-def _modules(files: _Files, version: str, place: str, wanted: tuple[str, ...]) -> Iterator[cpio.Entry]:
+def _modules(files: Files, version: str, place: str, wanted: tuple[str, ...]) -> Iterator[cpio.Entry]:
     """Give modules and what they depend on, and the order in which to load them."""
-    paths = files.modules(version)
+    ordered = load_order(files, version, wanted)
+    for name, content in ordered.items():
+        yield cpio.file(f"{place}/{name}.ko", content)
+    order = "".join(f"{name}.ko\n" for name in ordered)
+    yield cpio.file(f"{place}/order", order.encode())
+
+
+class ModuleSource(Protocol):
+    """Where modules come from."""
+
+    def modules(self, version: str) -> dict[str, str]:
+        """Map each module's name, with `_` for `-`, to its path."""
+
+    def read(self, path: str) -> bytes:
+        """Read the module at a path."""
+
+
+def load_order(source: ModuleSource, version: str, wanted: tuple[str, ...]) -> dict[str, bytes]:
+    """Give the modules that are wanted and there, by name, each after what it depends on."""
+    paths = source.modules(version)
     ordered: dict[str, bytes] = {}
 
     def add(name: str) -> None:
         name = name.replace("-", "_")
         if name in ordered or name not in paths:  # it is there already, or built in
             return
-        content = files.read(paths[name])
+        content = source.read(paths[name])
         for dependency in _depends(content):
             add(dependency)
         ordered[name] = content
 
     for name in wanted:
         add(name)
-    for name, content in ordered.items():
-        yield cpio.file(f"{place}/{name}.ko", content)
-    order = "".join(f"{name}.ko\n" for name in ordered)
-    yield cpio.file(f"{place}/order", order.encode())
+    return ordered
 
 
 def _depends(module: bytes) -> list[str]:

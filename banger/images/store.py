@@ -24,6 +24,7 @@ from banger.errors import Cancelled, from_os_error
 from banger.model import Artifact
 
 Kind = Literal["image", "kernel"]
+Details = dict[str, str | int | list[str]]
 MANIFEST = "manifest.json"
 LOCK_LOOK_S = 0.1
 _BUILDING = ".building-"
@@ -34,7 +35,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
 
     name: str
     created_us: int
-    details: dict[str, str | int | list[str]]
+    details: Details
 
 
 def find(cache: Path, kind: str, digest: str) -> Artifact | None:
@@ -51,8 +52,8 @@ def find(cache: Path, kind: str, digest: str) -> Artifact | None:
         name=manifest.name,
         digest=digest,
         path=place,
-        # What it takes on the disk: images are sparse.
-        size_bytes=sum(file.stat().st_blocks * 512 for file in place.iterdir()),
+        # What it takes on the disk: images are sparse, and a link to the user's own file takes nothing.
+        size_bytes=sum(file.lstat().st_blocks * 512 for file in place.iterdir()),
         created_us=manifest.created_us,
         details=manifest.details,
     )
@@ -63,7 +64,7 @@ def build(
     kind: Kind,
     name: str,
     digest: str,
-    make: Callable[[Path], dict[str, str | int | list[str]]],
+    make: Callable[[Path], Details],
     cancelled: Callable[[], bool],
 ) -> Artifact:
     """Make it so that the artifact is published; `make` fills a private directory and gives details.
@@ -73,7 +74,7 @@ def build(
     """
     place = _place(cache, kind, digest)
     place.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    with _locked(place.with_name(f".{digest}.lock"), cancelled):
+    with _locked(_lock(place), cancelled):
         if (found := find(cache, kind, digest)) is not None:
             return found
         _sweep(place.parent, digest)
@@ -105,15 +106,24 @@ def delete(cache: Path, kind: str, digest: str) -> None:
     shutil.rmtree(aside, ignore_errors=True)
 
 
+def delete_idle(cache: Path, kind: str, digest: str) -> bool:
+    """Do what `delete` does unless somebody builds this artifact just now; tell whether it was done."""
+    lock = _lock(_place(cache, kind, digest))
+    with _claimed(lock) as free:
+        if free:
+            delete(cache, kind, digest)
+            lock.unlink()  # who waits for it looks whether it is still there
+    return free
+
+
 def sweep(cache: Path) -> None:
     """Remove what dead builders left; what a living one works on stays."""
     for kind in ("image", "kernel"):
         for staging in (cache / f"{kind}s").glob(f"{_BUILDING}*"):
             digest = staging.name.removeprefix(_BUILDING).split("-")[0]
-            lock = staging.with_name(f".{digest}.lock")
-            with contextlib.suppress(BlockingIOError), _open_lock(lock) as fd:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                _remove(staging)
+            with _claimed(_lock(staging.with_name(digest))) as free:
+                if free:
+                    _remove(staging)
 
 
 def _sweep(parent: Path, digest: str) -> None:
@@ -132,33 +142,44 @@ def _place(cache: Path, kind: str, digest: str) -> Path:
     return cache / f"{kind}s" / digest
 
 
+def _lock(place: Path) -> Path:
+    return place.with_name(f".{place.name}.lock")
+
+
 @contextlib.contextmanager
-def _open_lock(path: Path) -> Iterator[int]:
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+def _claimed(lock: Path) -> Iterator[bool]:
+    """Hold a lock if nobody else does; tell whether it is held. The kernel frees a dead holder's lock."""
+    fd = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
-        yield fd
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # The one who held it may have removed it since we opened it.
+            held = os.path.samestat(os.fstat(fd), lock.stat())
+        except (BlockingIOError, FileNotFoundError):
+            held = False
+        yield held
     finally:
         os.close(fd)
 
 
 @contextlib.contextmanager
-def _locked(path: Path, cancelled: Callable[[], bool]) -> Iterator[None]:
-    """Hold the lock of one digest; a waiter may leave. The kernel frees a dead holder's lock."""
-    with _open_lock(path) as fd:
-        while True:
-            try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if cancelled():
-                    raise Cancelled from None
-                time.sleep(LOCK_LOOK_S)  # flock has no deadline and cannot be waited on with others
-        yield
+def _locked(lock: Path, cancelled: Callable[[], bool]) -> Iterator[None]:
+    """Hold the lock of one digest; a waiter may leave."""
+    while True:
+        with _claimed(lock) as held:
+            if held:
+                yield
+                return
+        if cancelled():
+            raise Cancelled
+        time.sleep(LOCK_LOOK_S)  # flock has no deadline and cannot be waited on with others
 
 
 def _flush(*paths: Path) -> None:
     """Bring files and directories to the disk: a power cut must not leave a name without its content."""
     for path in paths:
+        if path.is_symlink():  # the user's own file: a name in the directory is all there is of it here
+            continue
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         try:
             os.fsync(fd)

@@ -23,7 +23,7 @@ import msgspec
 
 from banger import config, proc
 from banger import log as logging
-from banger.errors import BangerError, TimedOut
+from banger.errors import BangerError, LogDamaged, TimedOut
 from banger.events import work
 from banger.events.log import EventLog
 from banger.guest.connections import Connections
@@ -130,9 +130,8 @@ class Daemon:
                 await asyncio.sleep(HOUSEKEEPING_S)  # a brake, not a wait for an event
 
     async def _check_log(self) -> None:
-        """Check the whole log once; it ends the daemon when it is damaged."""
-        await health.check_the_rest(self._dirs)
-        await _until(self.stopping)
+        """Check the log all the while; it ends the daemon when it is damaged."""
+        await health.keep_checking(self._dirs)
 
     def _keep_house(self) -> None:
         """Make lost projections again, free what dead workers hold.
@@ -140,10 +139,13 @@ class Daemon:
         A log that cannot be written now is tried again in a second.
         """
         try:
+            self._log.require_file()
             if self._log.mend():
                 logging.get().warning("rows of the projections were lost; made again from the log")
             work.reap(self._log)
             work.tell_why(self._log, self._capacity)
+        except LogDamaged:
+            raise  # the daemon ends: whoever starts the next one is told
         except BangerError as error:
             logging.get().error("cannot keep house", error=error.message)
 

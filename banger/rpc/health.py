@@ -1,7 +1,7 @@
 """Is the log what was written? The daemon asks before it writes: a damaged log is left as it is.
 
-The newest rows are checked before the daemon serves anyone. What is before them, in a long log, is
-checked by a process beside it: `python -m banger.rpc.health DATABASE`.
+The newest rows are checked before the daemon serves anyone, and again once a minute. What is before
+them, in a long log, is checked by a process beside it: `python -m banger.rpc.health DATABASE`.
 """
 
 from __future__ import annotations
@@ -29,6 +29,19 @@ def require_good(dirs: Dirs) -> None:
     dirs.damaged.unlink(missing_ok=True)
 
 
+LIVE_S = 60.0
+LIVE_NEWEST = 10_000
+
+
+async def keep_checking(dirs: Dirs) -> None:
+    """Check a log in use: whole once, then its newest rows once a minute. Raises LogDamaged."""
+    await check_the_rest(dirs)
+    while True:
+        await asyncio.sleep(LIVE_S)
+        verdict = await asyncio.to_thread(verify.verify_log, dirs.database, newest=LIVE_NEWEST)
+        _require_good(dirs, verdict)
+
+
 async def check_the_rest(dirs: Dirs) -> None:
     """Check a long log whole, at the lowest priority. Raises LogDamaged, also at the next start."""
     end = verify.stored_end(dirs.database)
@@ -44,9 +57,12 @@ async def check_the_rest(dirs: Dirs) -> None:
     except asyncio.CancelledError:
         checker.kill()
         raise
-    verdict = msgspec.json.decode(said, type=Verdict)
+    _require_good(dirs, msgspec.json.decode(said, type=Verdict))
+
+
+def _require_good(dirs: Dirs, verdict: Verdict) -> None:
     if verdict.bad_seq is not None:
-        dirs.damaged.write_bytes(said)
+        dirs.damaged.write_bytes(msgspec.json.encode(verdict))
     verdict.require_good()
 
 

@@ -100,7 +100,9 @@ class Operations:
         op = queries.whole_op(self._log, op_id)
         if op.kind == "vm.create":
             asked = next(r.event for r in self._log.read(op=op_id) if isinstance(r.event, ev.VmReserved))
-            again = self._create(asked.spec, start=bool(op.args.get("start", True)))
+            again = self._create(
+                asked.spec, start=bool(op.args.get("start", True)), reference=op.args.get("reference")
+            )
             return str(again["op"])
         if op.vm is not None and queries.vm(self._log, op.vm) is None:
             raise NotFound(f"The VM {op.name} is no more.", op=op_id)

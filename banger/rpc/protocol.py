@@ -297,6 +297,68 @@ class ImageBuild(Request):
     key: str | None = None
 
 
+class ImagePull(Request):
+    """Pull an image from a registry -> {op, name}. Without a name one is derived from the reference."""
+
+    method = "image.pull"
+    reference: str
+    name: str | None = None
+    key: str | None = None
+
+
+class ImageRegister(Request):
+    """Take a root file system that is there for an image, where it is -> {op, name}."""
+
+    method = "image.register"
+    name: str
+    file: str
+    key: str | None = None
+
+
+class ImagePromote(Request):
+    """Make a copy of banger's own of a registered image -> {op, name}."""
+
+    method = "image.promote"
+    name: str
+    key: str | None = None
+
+
+class ImageInstall(Request):
+    """Make an image from a bundle {place, sha256, size, origin} -> {op, name}."""
+
+    method = "image.install"
+    name: str
+    bundle: dict[str, Any]
+    key: str | None = None
+
+
+class KernelInstall(Request):
+    """Make a kernel from a bundle {place, sha256, size, origin} -> {op, name}."""
+
+    method = "kernel.install"
+    name: str
+    bundle: dict[str, Any]
+    key: str | None = None
+
+
+class KernelImport(Request):
+    """Make a kernel from files; without an initrd, ours is made with the modules given -> {op, name}."""
+
+    method = "kernel.import"
+    name: str
+    kernel: str
+    initrd: str | None = None
+    modules: str | None = None
+    key: str | None = None
+
+
+class CachePrune(Request):
+    """Remove from the cache what nothing stands for, or only tell -> {op}."""
+
+    method = "cache.prune"
+    dry_run: bool = False
+
+
 class ImageDelete(Request):
     """Delete an image that no VM uses -> {op}."""
 

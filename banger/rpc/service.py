@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
 from collections.abc import Callable
 from typing import Any
@@ -12,14 +13,15 @@ import msgspec
 from banger import __version__, proc
 from banger import log as logging
 from banger.config import Config, Dirs, capacity, sizes
-from banger.errors import BangerError, InvalidRequest, NotFound, WrongState
-from banger.events import queries
+from banger.errors import AlreadyExists, BangerError, InvalidRequest, NotFound, WrongState
+from banger.events import queries, verify
 from banger.events import vocabulary as ev
 from banger.events.fold import Vm
 from banger.events.log import EventLog
 from banger.guest import ssh
 from banger.images import debian, store
 from banger.images import kernel as kernels
+from banger.images import reference as references
 from banger.model import Needs, Resource, VmSpec, check_artifact_name, check_vm_name
 from banger.rpc import asking, views
 from banger.rpc import protocol as p
@@ -73,6 +75,13 @@ class Service:
             p.ImageList: lambda _: {"images": self._artifacts("image")},
             p.ImageShow: lambda r: {"image": self._artifact("image", r.image)},
             p.ImageBuild: lambda r: self._make("image", r.image, r),
+            p.ImagePull: self._pull,
+            p.ImageRegister: self._from_files,
+            p.ImagePromote: self._from_files,
+            p.ImageInstall: self._from_files,
+            p.KernelInstall: self._from_files,
+            p.KernelImport: self._from_files,
+            p.CachePrune: self._prune,
             p.ImageDelete: lambda r: self._delete("image", r.image),
             p.KernelList: lambda _: {"kernels": self._artifacts("kernel")},
             p.KernelShow: lambda r: {"kernel": self._artifact("kernel", r.kernel)},
@@ -101,6 +110,7 @@ class Service:
             "ops_active": queries.active_count(self.log),
             "state_dir": str(self.dirs.state),
             "read_only": self.log.read_only,
+            "damage": verify.verify_log(self.log.path).why if self.log.read_only else None,
         }
 
     def _daemon_stop(self, _: p.DaemonStop) -> dict[str, Any]:
@@ -120,11 +130,11 @@ class Service:
         return views.vm_table(rows) + views.stuck_lines(queries.stuck(self.log))
 
     def _vm_create(self, request: p.VmCreate) -> dict[str, Any]:
-        spec = self._spec(request)
+        spec, reference = self._spec(request)
         twin = self._twin(spec, start=request.start) if request.join and not request.ephemeral else None
-        return (
-            asking.reply(self.log, twin) if twin else self._create(spec, start=request.start, request=request)
-        )
+        if twin is not None:
+            return asking.reply(self.log, twin)
+        return self._create(spec, start=request.start, request=request, reference=reference)
 
     def _twin(self, spec: VmSpec, *, start: bool) -> str | None:
         """Find the operation that is making this very VM."""
@@ -132,7 +142,14 @@ class Service:
         op = None if vm is None else asking.under_way(self.log, "vm.create", vm.id)
         return op if op and queries.whole_op(self.log, op).args["start"] == start else None
 
-    def _create(self, spec: VmSpec, *, start: bool, request: p.VmCreate | None = None) -> dict[str, Any]:
+    def _create(
+        self,
+        spec: VmSpec,
+        *,
+        start: bool,
+        request: p.VmCreate | None = None,
+        reference: str | None = None,
+    ) -> dict[str, Any]:
         """Take the name and ask for the VM in one transaction."""
         pipeline = self._pipelines["vm.create"]
         first = pipeline.steps[0]
@@ -142,7 +159,7 @@ class Service:
                 lane=vm,
                 vm=vm,
                 name=spec.name,
-                args={"start": start},
+                args={"start": start, **({"reference": reference} if reference else {})},
                 needs=_needs(spec, make=True, start=start),
                 leave_out=frozenset() if start else ONLY_MAKE,
             )
@@ -158,12 +175,14 @@ class Service:
             tx.append(op, ev.ResourceIntended(resource=name, vm=vm, step=first.name), op=op)
         return {"op": op, "vm": vm, "name": spec.name, "spec": msgspec.to_builtins(spec)}
 
-    def _spec(self, request: p.VmCreate) -> VmSpec:
+    def _spec(self, request: p.VmCreate) -> tuple[VmSpec, str | None]:
+        """Resolve what is asked for; also what its image is pulled by, if it was asked for so."""
         default = sizes(self.config)
         taken = {vm.spec.name for vm in queries.vms(self.log)}
+        image, reference = self._image_asked(request.image or self.config.image)
         spec = VmSpec(
             name=check_vm_name(request.name) if request.name is not None else random_name(taken),
-            image=check_artifact_name(request.image or self.config.image, "image"),
+            image=image,
             kernel=check_artifact_name(request.kernel or self.config.kernel, "kernel"),
             vcpu=default.vcpu.value if request.vcpu is None else request.vcpu,
             memory_mib=default.memory_mib.value if request.memory_mib is None else request.memory_mib,
@@ -175,9 +194,24 @@ class Service:
         _within("vcpu", spec.vcpu, 1, min(MAX_VCPU, most.vcpu))
         _within("memory", spec.memory_mib, MIN_MEMORY_MIB, most.memory_mib, "MiB")
         _within("disk-size", spec.disk_mib, MIN_DISK_MIB, MAX_DISK_MIB, "MiB")
-        self._artifact("image", spec.image)
+        if reference is None:
+            self._artifact("image", spec.image)
         self._artifact("kernel", spec.kernel)
-        return spec
+        return spec, reference
+
+    def _image_asked(self, word: str) -> tuple[str, str | None]:
+        """Tell an image's name from what one is pulled by, which has a `/` or a `:`."""
+        if not re.search("[/:]", word):
+            return check_artifact_name(word, "image"), None
+        wanted = references.parse(word, self.config.registry)
+        name = check_artifact_name(wanted.default_name, "image")
+        known = queries.artifact(self.log, "image", name)
+        if name in debian.RECIPES or (known is not None and known.details.get("reference") != str(wanted)):
+            raise AlreadyExists(
+                f"Another image is named {name}.",
+                hint=f"`banger image pull {word} --name NAME`, then `--image NAME`.",
+            )
+        return name, str(wanted)
 
     def _vm_change(self, request: p.ChangesVm) -> dict[str, Any]:
         vm = queries.find_vm(self.log, request.vm)
@@ -291,6 +325,38 @@ class Service:
         asked = self._pipelines[kind].request(lane=lane, args={"name": name}, name=name)
         return {"op": self.log.request(asking.stamped(asked, request))}
 
+    def _pull(self, request: p.ImagePull) -> dict[str, Any]:
+        wanted = references.parse(request.reference, self.config.registry)
+        name = check_artifact_name(request.name or wanted.default_name, "image")
+        if name in debian.RECIPES:
+            raise AlreadyExists(
+                f"{name} is the name of a recipe.", hint="Give the image another one with --name."
+            )
+        args = {"reference": str(wanted), "name": name}
+        kind, lane = request.method, f"image:{name}"
+        joined = asking.under_way(self.log, kind, lane)
+        if joined is not None and queries.whole_op(self.log, joined).args == args:
+            return asking.reply(self.log, joined) | {"name": name}
+        asked = self._pipelines[kind].request(lane=lane, args=args, name=name)
+        return {"op": self.log.request(asking.stamped(asked, request)), "name": name}
+
+    def _from_files(
+        self, request: p.ImageRegister | p.ImagePromote | p.ImageInstall | p.KernelInstall | p.KernelImport
+    ) -> dict[str, Any]:
+        """Ask for an image or kernel that is made from files, under a name that no recipe has."""
+        kind = request.method.partition(".")[0]
+        name = check_artifact_name(request.name, kind)
+        if name in _recipes(kind):
+            raise AlreadyExists(f"{name} is the name of a recipe.", hint="Give it another name.")
+        args = {key: value for key, value in msgspec.to_builtins(request).items() if key != "key"}
+        lane = f"{kind}:{name}"
+        asked = self._pipelines[request.method].request(lane=lane, args=args, name=name)
+        return {"op": self.log.request(asking.stamped(asked, request)), "name": name}
+
+    def _prune(self, request: p.CachePrune) -> dict[str, Any]:
+        asked = self._pipelines[request.method].request(lane="cache", args={"dry_run": request.dry_run})
+        return {"op": self.log.request(asked)}
+
     def _delete(self, kind: str, name: str) -> dict[str, Any]:
         artifacts.deletable(self.log, kind, name)
         pipeline: Pipeline = self._pipelines[f"{kind}.delete"]
@@ -315,5 +381,6 @@ def _within(what: str, value: int, least: int, most: int, unit: str = "") -> Non
     if not least <= value <= most:
         raise InvalidRequest(
             f"--{what} {value}{unit} is not possible.",
-            hint=f"Give a number from {least} to {most}{' ' + unit if unit else ''}.",
+            hint=f"Give a number from {least} to {most}{' ' + unit if unit else ''}."
+            + (" capacity_memory_mib and capacity_vcpu in config.toml bound it." if value > most else ""),
         )

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import tarfile
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 from banger import proc
 from banger.errors import DiskFull, ProgramFailed
+from banger.model import Value
+from banger.storage import archive as archives
+from banger.storage import ext4_tree, libext2fs
 
 MKFS_TIMEOUT_S = 600.0
 CHECK_TIMEOUT_S = 600.0
@@ -27,46 +29,61 @@ def make(path: Path, size_mib: int, *, label: str) -> None:
     """
     if path.exists():
         return
-    _make_whole(path, lambda new: _mkfs(["mkfs.ext4"], new, size_mib, label))
+    _make_whole(path, lambda new: _mkfs(new, size_mib, label))
 
 
 def make_from_tar(
     path: Path, archive: Path, *, label: str, cancelled: Callable[[], bool] = lambda: False
 ) -> None:
-    """Make a file system with the content of a tar archive: owners, modes, devices and all.
+    """Make a file system with the content of a tar archive of ours: owners, modes, devices, attributes.
 
-    The archive is unpacked under fakeroot, which remembers what an ordinary user may not set, and
-    mkfs.ext4 reads it back from there. Half as large again as the content, at least 1 GiB, sparse.
+    Nothing is unpacked: the content is copied from the archive into the file system. Half as large
+    again as the content, at least 1 GiB, sparse. Raises DiskFull, ProgramFailed, Cancelled.
     """
-    size_mib = max(_FLOOR_MIB, content_mib(archive) * 3 // 2)
-    with tempfile.TemporaryDirectory(prefix=".tree-", dir=path.parent) as tree:
+    need = _measure(archive)
 
-        def fill(new: Path) -> None:
-            # Words reach the shell as arguments, never as text to be read as commands.
-            script = 'tar -x --numeric-owner -p -f "$1" -C "$2" && shift 2 && exec "$@"'
-            unpack = ["fakeroot", "sh", "-c", script, "sh", str(archive), tree, "mkfs.ext4", "-d", tree]
-            _mkfs(unpack, new, size_mib, label, cancelled)
+    def fill(new: Path) -> None:
+        _mkfs(new, max(_FLOOR_MIB, need.mib * 3 // 2), label, need, cancelled)
+        with libext2fs.opened(new) as fs:
+            ext4_tree.fill(fs, archive, cancelled)
 
-        _make_whole(path, fill)
+    _make_whole(path, fill)
 
 
-def content_mib(archive: Path) -> int:
-    """Sum up what a tar archive's files take in blocks of 4 KiB, in MiB."""
-    with tarfile.open(archive) as tar:
-        return sum((member.size + 4095) // 4096 for member in tar) // 256 + 1
+class _Need(Value):
+    """What an archive's content takes of a file system."""
+
+    mib: int
+    inodes: int
+    large_xattrs: bool
+
+
+def _measure(archive: Path) -> _Need:
+    """Sum up what an archive's files take in blocks of 4 KiB, and look for attributes beyond a block."""
+    blocks = inodes = largest = 0
+    for entry in archives.entries(archive):
+        blocks += -(-entry.size // libext2fs.BLOCK) + 1
+        inodes += 1
+        largest = max(largest, sum(len(name) + len(value) + 32 for name, value in entry.xattrs.items()))
+    return _Need(mib=blocks // 256 + 1, inodes=inodes, large_xattrs=largest > libext2fs.MAX_XATTRS)
 
 
 def check(path: Path) -> bool:
-    """Check and mend a file system that is not mounted; True when something was mended.
+    """Check and mend a file system that was used and is not mounted now; True when something was mended.
 
-    Raises ProgramFailed when it cannot be mended.
+    A fresh one needs no check. What its journal still holds is written first. Raises ProgramFailed
+    when it cannot be mended.
     """
     try:
         proc.run(["e2fsck", "-f", "-y", str(path)], timeout_s=CHECK_TIMEOUT_S)
     except ProgramFailed as error:
-        if error.status is not None and error.status <= CORRECTED:
+        if error.status is not None and 0 < error.status <= CORRECTED:
             return True
-        raise
+        raise ProgramFailed(
+            f"The file system {path.name} is damaged and could not be mended: {error.message[-200:]!a}",
+            hint=f"It was left as it is: {path}",
+            status=error.status,
+        ) from None
     return False
 
 
@@ -83,18 +100,19 @@ def _make_whole(path: Path, fill: Callable[[Path], None]) -> None:
 
 
 def _mkfs(
-    command: list[str],
     path: Path,
     size_mib: int,
     label: str,
+    need: _Need | None = None,
     cancelled: Callable[[], bool] = lambda: False,
 ) -> None:
     words = [
-        *command,
+        "mkfs.ext4",
         "-q",
         "-F",
         "-E", f"root_owner=0:0,{_LAZY}",
         "-L", label[:16],
+        *(_shape(need, size_mib) if need else []),
         str(path), f"{size_mib}M",
     ]  # fmt: skip
     try:
@@ -103,3 +121,10 @@ def _mkfs(
         if "No space left on device" in error.message:
             raise DiskFull(f"There is no space left on the disk for {path.parent}.") from None
         raise
+
+
+def _shape(need: _Need, size_mib: int) -> list[str]:
+    """Ask for the sizes that libext2fs is used with, and at least as many inodes as mkfs would make."""
+    inodes = max(need.inodes * 3 // 2, size_mib * 64)
+    sizes = ["-b", str(libext2fs.BLOCK), "-I", str(libext2fs.INODE_SIZE), "-N", str(inodes)]
+    return [*sizes, *(["-O", "ea_inode"] if need.large_xattrs else [])]

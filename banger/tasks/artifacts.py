@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TypeVar
 
 import msgspec
@@ -20,64 +21,37 @@ BUILD_S = 1200.0
 R = TypeVar("R")
 
 
-def foresee_kernel(ctx: Ctx, name: str) -> None:
-    """Have the kernel fetched beside the image when both are missing."""
-    if _published(ctx, "kernel", name) is None:
-        ctx.foresee(PULL_KERNEL, lane=f"kernel:{name}", args={"name": name})
-
-
-def image(ctx: Ctx, name: str) -> Artifact:
-    """Give the image of this name; wait for the operation that builds it when there is none."""
-    return ctx.require(
-        lambda: _published(ctx, "image", name),
-        BUILD_IMAGE,
-        lane=f"image:{name}",
-        args={"name": name},
-        reason=f"the image {name} is built",
-    )
-
-
-def kernel(ctx: Ctx, name: str) -> Artifact:
-    """Give the kernel of this name; wait for the operation that fetches it when there is none."""
-    return ctx.require(
-        lambda: _published(ctx, "kernel", name),
-        PULL_KERNEL,
-        lane=f"kernel:{name}",
-        args={"name": name},
-        reason=f"the kernel {name} is fetched",
-    )
-
-
-def _published(ctx: Ctx, kind: str, name: str) -> Artifact | None:
-    """Find an artifact by its name in the log and its digest in the cache.
-
-    A local recipe that changed with this version of banger (or a cache that was emptied) is made
-    again.
-    """
-    known = queries.artifact(ctx.log, kind, name)
-    recipes = debian.RECIPES if kind == "image" else kernels.RECIPES
-    recipe = recipes.get(name)
-    if known is None or (recipe is not None and recipe.digest != known.digest):
-        return None
-    return store.find(ctx.dirs.cache, kind, known.digest)
-
-
 def _name(ctx: Ctx) -> str:
     return str(ctx.args["name"])
 
 
+def _recipe(recipes: Mapping[str, R], ctx: Ctx) -> R:
+    """Find the recipe of what is to be made. Raises NotFound."""
+    recipe = recipes.get(_name(ctx))
+    if recipe is None:
+        raise NotFound(
+            f"{_name(ctx)} is not in the cache any more, and there is no recipe to make it again.",
+            hint="Register, import or pull it again.",
+        )
+    return recipe
+
+
 def _build_image(ctx: Ctx) -> None:
-    recipe = debian.RECIPES[_name(ctx)]
-    _publish(ctx, ctx.world.images, recipe)
+    recipe = _recipe(debian.RECIPES, ctx)
+    _build(ctx, ctx.world.images, recipe)
 
 
 def _pull_kernel(ctx: Ctx) -> None:
-    recipe = kernels.RECIPES[_name(ctx)]
-    _publish(ctx, ctx.world.kernels, recipe)
+    recipe = _recipe(kernels.RECIPES, ctx)
+    _build(ctx, ctx.world.kernels, recipe)
 
 
-def _publish(ctx: Ctx, maker: Maker[R], recipe: R) -> None:
-    artifact = maker.build(recipe, ctx.dirs.cache, progress=ctx.progress, cancelled=ctx.cancelled)
+def _build(ctx: Ctx, maker: Maker[R], recipe: R) -> None:
+    publish(ctx, maker.build(recipe, ctx.dirs.cache, progress=ctx.progress, cancelled=ctx.cancelled))
+
+
+def publish(ctx: Ctx, artifact: Artifact) -> None:
+    """Record that an artifact is in the cache, under its name."""
     published = ev.ArtifactPublished(
         kind=artifact.kind,
         name=artifact.name,
@@ -116,13 +90,12 @@ def _delete(ctx: Ctx) -> None:
 
 
 def _artifact_resource(ctx: Ctx) -> list[Resource]:
-    kind, recipes = (
-        ("image", debian.RECIPES) if ctx.op.kind == BUILD_IMAGE.kind else ("kernel", kernels.RECIPES)
-    )
-    return [Resource(kind="artifact", id=f"{kind}:{recipes[_name(ctx)].digest}")]
+    if ctx.op.kind == BUILD_IMAGE.kind:
+        return [Resource(kind="artifact", id=f"image:{_recipe(debian.RECIPES, ctx).digest}")]
+    return [Resource(kind="artifact", id=f"kernel:{_recipe(kernels.RECIPES, ctx).digest}")]
 
 
-def _forget_unpublished(ctx: Ctx) -> None:
+def forget_unpublished(ctx: Ctx) -> None:
     """Sweep what a dead builder left; what was published whole stays in the cache."""
     store.sweep(ctx.dirs.cache)
 
@@ -142,7 +115,7 @@ BUILD_IMAGE = Pipeline(
             name="build",
             title="build the image",
             run=_build_image,
-            undo=_forget_unpublished,
+            undo=forget_unpublished,
             acquires=_artifact_resource,
             deadline_s=BUILD_S,
         ),
@@ -155,7 +128,7 @@ PULL_KERNEL = Pipeline(
             name="pull",
             title="fetch the kernel",
             run=_pull_kernel,
-            undo=_forget_unpublished,
+            undo=forget_unpublished,
             acquires=_artifact_resource,
             deadline_s=BUILD_S,
         ),

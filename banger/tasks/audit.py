@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -19,6 +20,7 @@ from banger.vmm import qemu
 from banger.vmm.driver import Running
 
 _SOCKETS = (".qmp", ".agent")
+_VM = re.compile(r"vm-[0-9a-z]{8}")
 
 
 class Finding(Value):
@@ -98,13 +100,15 @@ def on_host(
     for vm in queries.vms(log):
         yield Resource(kind="name", id=vm.spec.name), vm.id
     for directory in (dirs.state / "vms").iterdir():
+        if not _VM.fullmatch(directory.name) or directory.is_symlink() or not directory.is_dir():
+            continue  # not made by banger
         yield Resource(kind="directory", id=str(directory)), directory.name
         paths = dirs.vm(directory.name)
         for file in (paths.overlay, paths.work, paths.initrd):
             if file.exists():
                 yield Resource(kind="file", id=str(file)), directory.name
     for path in dirs.runtime.iterdir():
-        if path.suffix in _SOCKETS:
+        if path.suffix in _SOCKETS and _VM.fullmatch(path.stem):
             yield Resource(kind="socket", id=str(path)), path.stem
     for vmm in running(dirs.runtime):
         yield Resource(kind="process", id=vmm.vm), vmm.vm

@@ -14,11 +14,12 @@ from banger.config import Config, Dirs, VmPaths
 from banger.errors import NotFound, from_dict
 from banger.events import queries, work
 from banger.events import vocabulary as ev
-from banger.events.fold import Op, Vm
+from banger.events.fold import Op, Vm, fold_on
 from banger.events.log import EventLog
 from banger.guest import agent, ssh
 from banger.images import debian
 from banger.images import kernel as kernels
+from banger.images.oci import Pulled
 from banger.model import Artifact, Resource
 from banger.storage import ext4
 from banger.tasks.pipeline import Park, Pipeline
@@ -59,6 +60,9 @@ class Disks(Protocol):
     def make(self, path: Path, size_mib: int, *, label: str) -> None:
         """Make it so that an empty file system is at `path`, whole."""
 
+    def check(self, path: Path) -> bool:
+        """Check and mend a file system that was used and is not in use; True when it was mended."""
+
 
 class Maker(Protocol[R]):
     """How an artifact is made from its recipe: `banger.images.debian` and `.kernel`."""
@@ -67,6 +71,26 @@ class Maker(Protocol[R]):
         self, recipe: R, cache: Path, *, progress: Callable[[str], None], cancelled: Callable[[], bool]
     ) -> Artifact:
         """Make it so that what the recipe makes is in the cache."""
+
+
+class Puller(Protocol):
+    """How an image comes from a registry: `banger.images.pulled`."""
+
+    def fetch(
+        self, reference: str, blobs: Path, *, progress: Callable[[str], None], cancelled: Callable[[], bool]
+    ) -> Pulled:
+        """Make it so that the image's blobs are in the cache."""
+
+    def make(
+        self,
+        pulled: Pulled,
+        staging: Path,
+        name: str,
+        *,
+        progress: Callable[[str], None],
+        cancelled: Callable[[], bool],
+    ) -> dict[str, str | int | list[str]]:
+        """Fill an artifact's staging directory from the image's layers, and say what it is made of."""
 
 
 class World:
@@ -84,6 +108,13 @@ class World:
         self.disks: Disks = ext4
         self.images: Maker[debian.Recipe] = debian
         self.kernels: Maker[kernels.Recipe] = kernels
+
+    @functools.cached_property
+    def puller(self) -> Puller:
+        """How images come from registries; what that needs is imported when one is first pulled."""
+        from banger.images import pulled
+
+        return pulled
 
     @functools.cached_property
     def accelerator(self) -> Accelerator:
@@ -143,6 +174,15 @@ class Ctx:
     def emit(self, stream: str, event: ev.Event) -> None:
         """Record an event together with the end of this step."""
         self.emitted.append((stream, event))
+
+    def intend(self, resource: Resource) -> None:
+        """Record, from inside a step, what it is about to acquire and could not name before it began."""
+        with self.log.transaction() as tx:
+            work.guard(tx, self._claim)
+            intended = ev.ResourceIntended(
+                resource=resource, vm=self.op.vm, step=self.op.steps[self.step].name
+            )
+            fold_on(self.op, tx.append(self.op.id, intended, op=self.op.id))
 
     def progress(self, message: str) -> None:
         """Tell whoever waits what a long step is doing; a few times a second at most."""

@@ -10,19 +10,19 @@ from typing import Any
 from banger.events import vocabulary as ev
 from banger.guest import keys
 from banger.model import Resource
-from banger.tasks import artifacts, lost
+from banger.tasks import lost, supply
 from banger.tasks.context import Ctx
 from banger.tasks.pipeline import Step
 
 
 def _use_image(ctx: Ctx) -> dict[str, Any]:
     """Find the image by name when the VM is made, by digest ever after."""
-    artifacts.foresee_kernel(ctx, ctx.vm.spec.kernel)
-    return {"image_digest": artifacts.image(ctx, ctx.vm.spec.image).digest}
+    supply.foresee_kernel(ctx, ctx.vm.spec.kernel)
+    return {"image_digest": supply.image(ctx, ctx.vm.spec.image).digest}
 
 
 def _use_kernel(ctx: Ctx) -> dict[str, Any]:
-    return {"kernel_digest": artifacts.kernel(ctx, ctx.vm.spec.kernel).digest}
+    return {"kernel_digest": supply.kernel(ctx, ctx.vm.spec.kernel).digest}
 
 
 def _directory(ctx: Ctx) -> list[Resource]:

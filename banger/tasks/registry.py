@@ -6,7 +6,7 @@ import importlib
 import os
 from collections.abc import Mapping
 
-from banger.tasks import artifacts, audit, lost, vm
+from banger.tasks import artifacts, audit, local, lost, pull, vm
 from banger.tasks.pipeline import Pipeline
 
 EXTRA = "BANGER_PIPELINES"
@@ -15,7 +15,14 @@ EXTRA = "BANGER_PIPELINES"
 
 def pipelines() -> Mapping[str, Pipeline]:
     """Map each kind of operation to its pipeline."""
-    known = [*vm.PIPELINES, *artifacts.PIPELINES, *audit.PIPELINES, *lost.PIPELINES]
+    known = [
+        *vm.PIPELINES,
+        *artifacts.PIPELINES,
+        *pull.PIPELINES,
+        *local.PIPELINES,
+        *audit.PIPELINES,
+        *lost.PIPELINES,
+    ]
     for module in filter(None, os.environ.get(EXTRA, "").split(",")):
         known.extend(importlib.import_module(module).PIPELINES)
     return {pipeline.kind: pipeline for pipeline in known}

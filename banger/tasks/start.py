@@ -8,7 +8,7 @@ from banger.errors import NotFound, WrongState
 from banger.events import queries
 from banger.events import vocabulary as ev
 from banger.guest import initrd, keys
-from banger.images import debian, store
+from banger.images import base, local, store
 from banger.images import kernel as kernels
 from banger.model import Artifact, Process, Resource
 from banger.network import user
@@ -30,7 +30,16 @@ def _check_startable(ctx: Ctx) -> dict[str, Any]:
                 f"The {kind} that {vm.spec.name} was made from is no longer in the cache.",
                 hint=f"`banger vm delete {vm.spec.name}`",
             )
-    return {"image_digest": vm.image_digest, "kernel_digest": vm.kernel_digest}
+    mended = _mend_disks(ctx)
+    return {"image_digest": vm.image_digest, "kernel_digest": vm.kernel_digest, **mended}
+
+
+def _mend_disks(ctx: Ctx) -> dict[str, Any]:
+    """Check disks that were used before, while nobody uses them; tell which had to be mended."""
+    if ctx.world.vmm.find(ctx.vm_id):
+        return {}
+    mended = [path.name for path in (ctx.paths.overlay, ctx.paths.work) if ctx.world.disks.check(path)]
+    return {"mended": mended} if mended else {}
 
 
 def _choose_port(ctx: Ctx) -> list[Resource]:
@@ -127,6 +136,7 @@ def _artifact(ctx: Ctx, kind: str) -> Artifact:
     found = store.find(ctx.dirs.cache, kind, digest)
     if found is None:
         raise NotFound(f"The {kind} {digest[:12]} is no longer in the cache.")
+    local.check(found)
     return found
 
 
@@ -143,7 +153,7 @@ def _machine(ctx: Ctx) -> Machine:
         initrd=paths.initrd,
         words=initrd.KERNEL_WORDS,
         disks=(
-            Disk(serial="base", path=debian.rootfs_path(_artifact(ctx, "image")), read_only=True),
+            Disk(serial="base", path=base.path_of(_artifact(ctx, "image")), read_only=True),
             Disk(serial="up", path=paths.overlay, read_only=False),
             Disk(serial="work", path=paths.work, read_only=False),
         ),

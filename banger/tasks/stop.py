@@ -79,9 +79,12 @@ def _bury(ctx: Ctx) -> None:
 
 
 def _halt(ctx: Ctx) -> None:
-    if queries.vm(ctx.log, ctx.vm_id) is None:
+    vm = queries.vm(ctx.log, ctx.vm_id)
+    if vm is None:
         raise Finish
     _clean_up(ctx)
+    if vm.process is not None:
+        ctx.emit(ctx.vm_id, ev.VmStopped(reason="it is being deleted"))
 
 
 def _files(ctx: Ctx) -> list[Resource]:

@@ -8,6 +8,7 @@ recover as the daemon's do, until nothing is left to do.
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -37,8 +38,9 @@ ROUNDS = 12
 FATES = {None: "done", "before": "undone", "inside": "undone", "after": "stuck", "cancel": "cancelled"}
 """How an operation ends that meets a trouble."""
 
-Tree = dict[Path, tuple[int, bytes | None]]
-"""Each path below a directory with its mode, and a file's content."""
+Found = tuple[int, int, bytes | str | None]
+Tree = dict[Path, Found]
+"""Each path below a directory with its mode, its time (ns), and a file's content or a link's target."""
 
 
 class Case(Value):
@@ -264,17 +266,28 @@ class Lane:
 
 def tree(home: Path) -> Tree:
     """Read what is below a directory; pipes are made again by who needs them."""
-    return {
-        path: (path.stat().st_mode & 0o7777, None if path.is_dir() else path.read_bytes())
-        for path in sorted(home.rglob("*"))
-        if not path.is_fifo()
-    }
+    return {path: _what(path) for path in sorted(home.rglob("*")) if not path.is_fifo()}
+
+
+def _what(path: Path) -> Found:
+    if path.is_symlink():
+        return 0, 0, str(path.readlink())
+    about = path.stat()
+    return about.st_mode & 0o7777, about.st_mtime_ns, None if path.is_dir() else path.read_bytes()
 
 
 def restore(home: Path, wanted: Tree) -> None:
     """Make it so that this and nothing else is below a directory."""
     for path in home.iterdir():
         shutil.rmtree(path) if path.is_dir() else path.unlink()
-    for path, (mode, content) in wanted.items():
-        path.mkdir() if content is None else path.write_bytes(content)
+    for path, (mode, mtime_ns, content) in wanted.items():
+        match content:
+            case None:
+                path.mkdir()
+            case bytes():
+                path.write_bytes(content)
+            case str():
+                path.symlink_to(content)
+                continue
         path.chmod(mode)
+        os.utime(path, ns=(mtime_ns, mtime_ns))

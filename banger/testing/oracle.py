@@ -25,7 +25,10 @@ from banger.model import Value
 from banger.tasks.audit import audit
 from banger.tasks.context import World
 
-_FURNITURE = re.compile(r".*/banger\.db[^/]*|.*\.(fifo|lock)|cache/banger/(images|kernels)")
+# Beginnings of bundles stay for the next attempt, and are the cache's to prune.
+_FURNITURE = re.compile(
+    r".*/banger\.db[^/]*|.*\.(fifo|lock)|cache/banger/(images|kernels)|cache/banger/bundles(/sha256(/.*\.part)?)?"
+)
 """The log itself, and what stays wherever something was once waited for or kept."""
 
 _VM = re.compile(r"vm-[0-9a-z]{8}")

@@ -7,6 +7,7 @@ audit event of its own, HALF: Python raises none there.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import sys
 import tempfile
@@ -20,8 +21,9 @@ from banger import proc
 from banger.config import Config, Dirs, VmPaths
 from banger.errors import Busy, Cancelled, HostLacks, PortTaken, ProgramFailed, WrongState
 from banger.guest import ssh
-from banger.images import debian, store
+from banger.images import base, debian, store
 from banger.images import kernel as kernels
+from banger.images.oci import ImageConfig, Layer, Pulled
 from banger.model import Artifact, Process, Value
 from banger.tasks.context import World
 from banger.vmm.accelerator import Accelerator
@@ -238,6 +240,12 @@ class RecordingDisks:
             new.unlink(missing_ok=True)
             raise
 
+    def check(self, path: Path) -> bool:
+        """Look whether the disk is whole: there is nothing to mend in a line of text."""
+        if not path.read_bytes().endswith(b" MiB\n"):
+            raise ProgramFailed(f"The disk {path.name} is half a line.")
+        return False
+
 
 def _stop_if(cancelled: Callable[[], bool]) -> None:
     if cancelled():
@@ -261,7 +269,7 @@ class RecordingImages:
             write(staging / "root.tar", b"packages")
             _stop_if(cancelled)
             progress("writing the file system")
-            write(staging / debian.ROOTFS, b"a root file system")
+            write(staging / base.FILE, b"a root file system")
             (staging / "root.tar").unlink()
             return {"packages": list(recipe.include)}
 
@@ -291,6 +299,41 @@ class RecordingKernels:
         return store.build(cache, "kernel", recipe.name, recipe.digest, make, cancelled)
 
 
+class RecordingPuller:
+    """A registry whose images have two layers of a few bytes."""
+
+    def fetch(
+        self, reference: str, blobs: Path, *, progress: Callable[[str], None], cancelled: Callable[[], bool]
+    ) -> Pulled:
+        """Make it so that the image's blobs are in the cache."""
+        layers = []
+        for number in range(2):
+            progress(f"layer {number}")
+            _stop_if(cancelled)
+            digest = f"sha256:{hashlib.sha256(f'{reference} {number}'.encode()).hexdigest()}"
+            path = blobs / digest.replace(":", "-")
+            blobs.mkdir(mode=0o700, parents=True, exist_ok=True)
+            write(path, digest.encode())
+            layers.append(Layer(media_type="layer", digest=digest, size=71, diff_id=digest, path=path))
+        manifest = f"sha256:{hashlib.sha256(reference.encode()).hexdigest()}"
+        return Pulled(reference=reference, digest=manifest, config=ImageConfig(), layers=tuple(layers))
+
+    def make(
+        self,
+        pulled: Pulled,
+        staging: Path,
+        name: str,
+        *,
+        progress: Callable[[str], None],
+        cancelled: Callable[[], bool],
+    ) -> dict[str, str | int | list[str]]:
+        """Fill an artifact's staging directory from the image's layers."""
+        progress(f"joining {len(pulled.layers)} layers into {name}")
+        _stop_if(cancelled)
+        write(staging / base.FILE, b"".join(layer.path.read_bytes() for layer in pulled.layers))
+        return {"reference": pulled.reference, "manifest": pulled.digest}
+
+
 class RecordingWorld(World):
     """The world of steps on a recording host; `place` is the directory of its VMMs."""
 
@@ -303,6 +346,7 @@ class RecordingWorld(World):
         self.disks = RecordingDisks()
         self.images = RecordingImages()
         self.kernels = RecordingKernels()
+        self.puller = RecordingPuller()
 
     def running(self, runtime: Path) -> Iterable[Running]:
         """List the VMMs whose sockets are in this directory."""

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
+from typing import Any
+
+import msgspec
 
 from banger.events import queries
+from banger.images import bundle
 from banger.rpc import protocol as p
 from banger.rpc.service import Service
 from banger.testing.recording import RecordingWorld, write
+
+SQUASHFS = b"hsqs" + bytes(92)
+BZIMAGE = bytes(0x1FE) + b"\x55\xaa" + b"\x00\x00HdrS" + bytes(600)
+INITRD = b"070701" + bytes(100)
+"""As much of each as is looked at."""
 
 Deed = Callable[[Service, RecordingWorld], object]
 
@@ -42,6 +52,42 @@ def _strew(_: Service, world: RecordingWorld) -> None:
         write(path, b"nobody's")
 
 
+def _register(service: Service, world: RecordingWorld) -> None:
+    """Register a file that begins as a squashfs does."""
+    file = world.dirs.state / "root.squashfs"
+    write(file, SQUASHFS)
+    os.utime(file, (1, 1))  # the time is part of what is registered, and no two runs write it at once
+    service.answer(p.ImageRegister(name="mine", file=str(file)))
+
+
+def _import_kernel(service: Service, world: RecordingWorld) -> None:
+    """Import a kernel that begins as a bzImage does, with an initrd of its own."""
+    kernel, initrd = world.dirs.state / "vmlinuz", world.dirs.state / "initrd"
+    write(kernel, BZIMAGE)
+    write(initrd, INITRD)
+    service.answer(p.KernelImport(name="mine", kernel=str(kernel), initrd=str(initrd)))
+
+
+def _bundled(world: RecordingWorld, name: str, **files: bytes) -> dict[str, Any]:
+    """Write a bundle of files; give what a catalog says of it."""
+    directory = world.dirs.state / name
+    directory.mkdir(exist_ok=True)
+    for file, content in files.items():
+        write(directory / file.replace("_", "."), content)
+    found: dict[str, Any] = msgspec.to_builtins(bundle.write(directory, directory.with_suffix(".tar.zst")))
+    return found
+
+
+def _install_image(service: Service, world: RecordingWorld) -> None:
+    wanted = _bundled(world, "image-bundle", root_squashfs=SQUASHFS)
+    service.answer(p.ImageInstall(name="mine", bundle=wanted))
+
+
+def _install_kernel(service: Service, world: RecordingWorld) -> None:
+    wanted = _bundled(world, "kernel-bundle", vmlinuz=BZIMAGE, initrd=INITRD)
+    service.answer(p.KernelInstall(name="mine", bundle=wanted))
+
+
 CACHED = (ask(p.ImageBuild(image="debian-12")), ask(p.KernelPull(kernel="debian-12")))
 RUNNING = (*CACHED, ask(p.VmCreate(name="web")))
 STOPPED = (*RUNNING, ask(p.VmStop(vm="web")))
@@ -49,6 +95,13 @@ CREATE_ALL = "vm.create, nothing cached"
 SCENES: dict[str, tuple[Deed, ...]] = {
     "image.build": CACHED[:1],
     "kernel.pull": CACHED[1:],
+    "image.pull": (ask(p.ImagePull(reference="127.0.0.1:5000/debian:12", name="pulled")),),
+    "image.register": (_register,),
+    "image.promote": (_register, ask(p.ImagePromote(name="mine"))),
+    "kernel.import": (_import_kernel,),
+    "image.install": (_install_image,),
+    "kernel.install": (_install_kernel,),
+    "cache.prune": (*CACHED, ask(p.ImageDelete(image="debian-12")), ask(p.CachePrune())),
     "image.delete": (*CACHED, ask(p.ImageDelete(image="debian-12"))),
     "kernel.delete": (*CACHED, ask(p.KernelDelete(kernel="debian-12"))),
     "vm.create": RUNNING,

@@ -22,11 +22,19 @@ images = Branch(
         "list": "artifacts:list_images",
         "show": "artifacts:show_image",
         "build": "artifacts:build_image",
+        "pull": "getting:pull_image",
+        "register": "getting:register",
+        "promote": "getting:promote",
+        "cache": "getting:cache",
         "delete": "artifacts:delete_image",
     },
     aliases={"ls": "list", "rm": "delete"},
     help="Root file systems. `vm create` builds the one it needs; this is for looking and tidying.",
-    epilog="Examples:\n  banger image list\n  banger image build debian-12",
+    epilog="""\
+Examples:
+  banger image list
+  banger image pull registry.example:5000/debian:12
+  banger image build debian-12""",
 )
 
 kernels = Branch(
@@ -34,7 +42,8 @@ kernels = Branch(
     {
         "list": "artifacts:list_kernels",
         "show": "artifacts:show_kernel",
-        "pull": "artifacts:pull_kernel",
+        "pull": "getting:pull_kernel",
+        "import": "getting:import_kernel",
         "delete": "artifacts:delete_kernel",
     },
     aliases={"ls": "list", "rm": "delete"},
@@ -45,8 +54,12 @@ kernels = Branch(
 
 def _lister(kind: str) -> click.Command:
     @click.command("list", cls=Leaf, help=f"List the {kind}s that can be used, and which are here already.")
+    @click.option("--available", is_flag=True, help="What the catalogs have instead.")
     @click.pass_obj
-    def lister(out: Out) -> None:
+    def lister(out: Out, available: bool) -> None:
+        if available:
+            _list_available(out, kind)
+            return
         reply = wire.call(f"{kind}.list")
         rows = [
             (
@@ -61,6 +74,21 @@ def _lister(kind: str) -> click.Command:
         out.show(reply, layout.table((kind.upper(), "HERE", "SIZE", "AGE", "DIGEST"), rows))
 
     return lister
+
+
+def _list_available(out: Out, kind: str) -> None:
+    import msgspec
+
+    from banger import config
+    from banger.images import catalog
+
+    found = catalog.read(config.load(config.find_dirs()).catalogs)
+    for warning in found.warnings:
+        out.note(f"banger: {warning}")
+    entries = [entry for entry in found.entries if entry.kind == kind]
+    rows = [(entry.name, type(entry.source).__name__.lower(), entry.catalog) for entry in entries]
+    document = {f"{kind}s": msgspec.to_builtins(entries)}
+    out.show(document, layout.table((kind.upper(), "FROM", "CATALOG"), rows))
 
 
 def _shower(kind: str) -> click.Command:
@@ -102,7 +130,7 @@ def _maker(kind: str, verb: str, sentence: str, done: str) -> click.Command:
         if not waits:
             out.show(reply, [op_line(reply)])
             return
-        result = wait(reply["op"], out, Interruption(out.screen, on_interrupt, reply["op"]))
+        result = wait(reply["op"], out, Interruption.of(out.screen, on_interrupt, reply))
         out.show({**reply, **result}, [f"{name} is {done} in {layout.seconds(result['seconds'])}"])
 
     return maker
@@ -111,6 +139,5 @@ def _maker(kind: str, verb: str, sentence: str, done: str) -> click.Command:
 list_images, list_kernels = _lister("image"), _lister("kernel")
 show_image, show_kernel = _shower("image"), _shower("kernel")
 build_image = _maker("image", "build", "Build an image from the distribution's own packages.", "built")
-pull_kernel = _maker("kernel", "pull", "Fetch a kernel and make its initrd.", "here")
 delete_image = _maker("image", "delete", "Delete an image that no VM uses.", "gone")
 delete_kernel = _maker("kernel", "delete", "Delete a kernel that no VM uses.", "gone")

@@ -47,6 +47,7 @@ def _story(found: Json) -> Iterator[str]:
             ("ops active", found["ops_active"]),
             ("state", found["state_dir"]),
             ("writes", "no: it was started with --read-only" if found["read_only"] else None),
+            ("log", f"damaged: {found['damage']}" if found["damage"] else None),
         ]
     )
     rows = [(each["pid"], each["op"] or "idle") for each in found["workers"]]

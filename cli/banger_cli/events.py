@@ -63,6 +63,8 @@ def list_(out: Out, op: str | None, vm: str | None, kind: str | None, after: int
     """List events, the oldest first."""
     reply = wire.call("events.list", op=op, vm=vm, type=kind, after=after, limit=limit)
     out.show(reply, map(_line, reply["events"]))
+    if len(reply["events"]) == limit:
+        out.note(f"There may be more: --after {reply['events'][-1]['seq']} goes on.")
 
 
 @click.command("tail", cls=Leaf, epilog="""\
@@ -186,6 +188,6 @@ def _salvaged(found: Json) -> Iterator[str]:
     if found["kept"] is None:
         yield f"The log is good, all {found['rows']} events of it: it is left as it is."
         return
-    yield f"The log goes on after its {found['rows']} good events. {found['why']}"
+    yield f"The log goes on after its {found['rows']} good events. Row {found['rows'] + 1}: {found['why']}"
     yield f"What was found is kept in {found['kept']}"
     yield "`banger ops audit` tells what is on the host and not in the log."

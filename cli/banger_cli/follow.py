@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import time
 from collections.abc import Callable, Generator, Iterator
 from typing import Any
 
@@ -16,6 +17,7 @@ from banger_cli.stages import Stages
 
 Json = dict[str, Any]
 MAX_LOST = 3
+SERVED_S = 0.5
 
 
 class Cursor:
@@ -50,7 +52,7 @@ def events(op: str, *, after: int = 0) -> Iterator[Json]:
     """Give each event line of an operation once, in order, and at last the line with its result.
 
     A lost connection is made again, and the daemon started again, from the last event seen; that
-    is said on standard error. Raises ConnectionLost when it brings nothing new three times in a row.
+    is said on standard error. Raises ConnectionLost when it is lost at once, three times in a row.
     """
     cursor = Cursor(after)
     for line in _lines(op, cursor, lost=_say_lost):
@@ -64,10 +66,11 @@ def _lines(
 ) -> Generator[Json, None, None]:
     """Give what the cursor has not seen; whoever takes a line moves it."""
     losses = pid = gone = 0
+    began = 0.0
     while True:
         try:
             with wire.connect() as daemon:
-                pid = daemon.daemon_pid()
+                pid, began = daemon.daemon_pid(), time.monotonic()
                 for line in daemon.stream("ops.follow", idle=idle, op=op, after=cursor.after):
                     if "result" in line:
                         yield line
@@ -76,7 +79,8 @@ def _lines(
                         yield line
                         losses = 0
         except wire.ConnectionLost:
-            losses += 1
+            # A daemon that has served for a while was ended by somebody; one that has not may be ill.
+            losses = 1 if time.monotonic() - began > SERVED_S else losses + 1
             if losses == MAX_LOST:
                 raise
             if pid != gone:  # one that is dying may be reached, and lost, once more
@@ -142,11 +146,13 @@ def settle(result: Json) -> Json:
     told = result.get("error") or {}
     hint, op = told.get("hint"), result["op"]
     if result["fate"] == "stuck":
-        hint = hint or f"`banger ops show {op}` tells which step could not be undone."
-        raise Stuck(told.get("message"), hint=hint, op=op)
+        # Why it turned back is not why it is stuck, and its hint is not the way out.
+        why = (told.get("undo_errors") or [told.get("message")])[-1]
+        hint = f"`banger ops show {op}` tells more; then `banger ops retry {op}`, `retry-undo` or `abandon`."
+        raise Stuck(f"Stuck: {why}" if why else None, hint=hint, op=op)
+    if result["fate"] == "cancelled":
+        raise Cancelled("The operation was cancelled and undone.", op=op)
     error = from_dict({**told, "op": op})
-    if result["fate"] == "cancelled" and not told:
-        error = Cancelled(op=op)
     if error.exit_code == BangerError.exit_code:
         error = OperationFailed(told.get("message"), hint=hint, op=op)
     raise error

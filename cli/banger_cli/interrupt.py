@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from banger.errors import BangerError, WrongState
 from banger_cli import session, wire
@@ -43,6 +43,12 @@ class Interruption:
         self._screen = screen
         self._choice = choice
         self._ops = ops
+
+    @classmethod
+    def of(cls, screen: Screen, choice: str | None, *replies: dict[str, Any]) -> Interruption:
+        """Meet Ctrl-C for what was asked for; one that was only joined is somebody else's to cancel."""
+        own = [reply["op"] for reply in replies if not reply.get("joined")]
+        return cls(screen, choice if own else DETACH, *own)
 
     def meet(self, op: str, *, undoing: bool) -> None:
         """Do what is wanted after a Ctrl-C while `op` was watched; return to go on waiting.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -116,13 +116,17 @@ def _story(op: Json) -> Iterator[str]:
             *([("hint", op["error"]["hint"])] if op["error"] and op["error"].get("hint") else []),
         ]
     )
-    yield from (f"undo error:  {words}" for words in op.get("undo_errors", ()))
+    yield from (f"undo error:  {words}" for words in dict.fromkeys(_messages(op.get("undo_errors", ()))))
     if op["steps"]:
         yield ""
         yield from layout.table(("  STEP", "TOOK", "TRIES", "UNDO", "FACTS"), map(_step, op["steps"]))
     if op["resources"]:
         rows = [(each["kind"], each["id"], each["state"], each["step"]) for each in op["resources"]]
         yield from ("", *layout.table(("RESOURCE", "ID", "STATE", "STEP"), rows))
+
+
+def _messages(errors: Iterable[Json]) -> Iterator[str]:
+    return (error["message"] for error in errors)
 
 
 def _step(step: Json) -> tuple[str, str | None, int | None, str | None, str]:
@@ -260,7 +264,9 @@ def audit(out: Out, fix: bool) -> int:
     found = wire.call("ops.audit")
     if fix and found["leaked"]:
         wait(wire.call("ops.sweep")["op"], out)
-        found = {**wire.call("ops.audit"), "removed": found["leaked"]}
+        before = found["leaked"]
+        found = wire.call("ops.audit")
+        found["removed"] = [each for each in before if each not in found["leaked"]]
     out.show(found, _audited(found))
     return 1 if found["leaked"] or found["missing"] else 0
 

@@ -36,8 +36,9 @@ Operations
   state rebuild, salvage                make it again from the log; go on after damage
 
 Images and kernels
-  image list, show, build, delete
-  kernel list, show, pull, delete
+  image list, show, pull, build, register, promote, delete
+  image cache prune
+  kernel list, show, pull, import, delete
 
 This host
   doctor        is it fit, and what to do if not

@@ -79,7 +79,7 @@ class Stages:
 
     def _reopened(self, event: Json, data: Json) -> None:
         if event["op"] == self._op:
-            self.turned_back = data["back"]
+            self.turned_back = data.get("back", False)
 
     def _claimed(self, event: Json, _: Json) -> None:
         self._running.pop(event["op"], None)

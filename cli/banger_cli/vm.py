@@ -79,7 +79,7 @@ def create(
     reply = wire.call("vm.create", start=not no_start, ephemeral=False, **spec)
     out.lines([spec_line(reply["spec"]), op_line(reply)])
     if waits:
-        result = wait(reply["op"], out, Interruption(out.screen, on_interrupt, reply["op"]))
+        result = wait(reply["op"], out, Interruption.of(out.screen, on_interrupt, reply))
         reply |= {"fate": result["fate"], "seconds": result["seconds"]}
         out.lines([f"{'created' if no_start else 'ready'} in {layout.seconds(result['seconds'])}"])
     if out.as_json:
@@ -206,9 +206,7 @@ def _on_each(
     decides the exit code. Ctrl-C detaches from all, or cancels all that have not ended.
     """
     asked = [_attempt(functools.partial(ask, vm=vm)) for vm in vms]
-    interruption = Interruption(
-        out.screen, on_interrupt, *(one["op"] for one in asked if isinstance(one, dict))
-    )
+    interruption = Interruption.of(out.screen, on_interrupt, *(one for one in asked if isinstance(one, dict)))
     results = [_finish(out, one, ends, interruption) for one in asked]
     failures = [one for one in results if isinstance(one, BangerError)]
     if len(vms) == 1 and failures:

@@ -28,16 +28,18 @@ class Terminal:
         termios.tcsetwinsize(slave, (33, 99))
         self.before = termios.tcgetattr(slave)
         self.slave = slave
+        self.unread = b""
         self.child = subprocess.Popen(["setsid", "--ctty", *argv], stdin=slave, stdout=slave, stderr=slave)
 
     def expect(self, text: str) -> str:
-        """Read until `text` has been shown."""
-        shown = b""
+        """Read until `text` has been shown; what comes after it is left for the next time."""
         deadline = time.monotonic() + 20
-        while text.encode() not in shown:
+        while (found := self.unread.find(text.encode())) < 0:
             ready, _, _ = select.select([self.master], [], [], deadline - time.monotonic())
-            assert ready, f"{text!r} is not in {shown!r}"
-            shown += os.read(self.master, 4096)
+            assert ready, f"{text!r} is not in {self.unread!r}"
+            self.unread += os.read(self.master, 4096)
+        end = found + len(text.encode())
+        shown, self.unread = self.unread[:end], self.unread[end:]
         return shown.decode()
 
     def type(self, keys: bytes) -> None:

@@ -83,7 +83,6 @@ def test_retry_is_told() -> None:
         ("undone", "internal", 6),
         ("undone", "disk-full", 8),
         ("undone", "from-the-future", 6),
-        ("cancelled", "cancelled", 6),
         ("stuck", "program", 7),
     ],
 )
@@ -95,11 +94,49 @@ def test_fate_decides_the_exit_code(fate: str, code: str, exit_code: int) -> Non
     assert (caught.value.exit_code, caught.value.op) == (exit_code, "op-1")
 
 
-def test_cancelled_needs_no_error() -> None:
-    """A cancelled operation that carries no error still ends as cancelled."""
-    with pytest.raises(BangerError) as caught:
-        settle(scenes.ended("cancelled")["result"])
-    assert caught.value.code == "cancelled"
+@pytest.mark.parametrize("error", [None, {"code": "cancelled", "message": "The operation was cancelled."}])
+def test_a_cancelled_operation_is_told_as_undone(error: Json | None) -> None:
+    """Whatever it carries, its end says that it was cancelled and undone."""
+    with pytest.raises(BangerError, match="was cancelled and undone") as caught:
+        settle(scenes.ended("cancelled", error)["result"])
+    assert (caught.value.code, caught.value.exit_code) == ("cancelled", 6)
+
+
+def test_stuck_tells_what_could_not_be_undone() -> None:
+    """Not why it turned back, which is no news, but what the undo failed of, and the ways out."""
+    error = {
+        "code": "cancelled",
+        "message": "The operation was cancelled.",
+        "undo_errors": ["No.", "Not permitted."],
+    }
+    with pytest.raises(BangerError, match="Stuck: Not permitted") as caught:
+        settle(scenes.ended("stuck", error)["result"])
+    assert "retry-undo" in str(caught.value.hint)
+
+
+def test_an_operation_that_was_reopened_is_drawn(banger: Banger, daemon: FakeDaemon) -> None:
+    """A field that has its default is not in the event: going on forward is one."""
+    reopened = scenes.event(2, "op.reopened", lane="l", epoch=3)
+    assert "again" in _drawn(
+        scenes.requested("again"), reopened, scenes.event(3, "step.done", step=0, seconds=0.1)
+    )
+
+
+def test_follow_survives_any_number_of_daemons(
+    banger: Banger, daemon: FakeDaemon, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One daemon after another that has served for a while and dies costs no event and no patience."""
+    deaths = iter(range(5))
+
+    def follow(_: Json) -> list[Json | None]:
+        if next(deaths, None) is not None:
+            time.sleep(0.6)
+            return [None]
+        return [scenes.ended("done")]
+
+    daemon.answers["ops.follow"] = follow
+    assert banger("ops", "follow", "op-1").returncode == 0
+    assert len(daemon.asked("ops.follow")) == 6
 
 
 def test_follow_survives_the_daemon(banger: Banger, daemon: FakeDaemon) -> None:

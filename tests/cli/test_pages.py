@@ -56,6 +56,7 @@ STATUS = {
     "ops_active": 1,
     "state_dir": "/state",
     "read_only": False,
+    "damage": None,
 }
 
 

@@ -36,7 +36,7 @@ def files(directory: Path, **traps: str) -> ev.OpRequested:
 
 
 @pytest.mark.parametrize("fails", [False, True], ids=["forward", "undone"])
-@pytest.mark.parametrize("table", database.WATCHED)
+@pytest.mark.parametrize("table", [*database.WATCHED, "head"])
 def test_an_operation_survives_the_loss_of_a_projection_between_any_two_steps(
     log: EventLog,
     vandal: sqlite3.Connection,
@@ -68,7 +68,7 @@ def test_an_operation_survives_the_loss_of_a_projection_between_any_two_steps(
     assert verify_log(log.path).bad_seq is None
 
 
-@pytest.mark.parametrize("table", database.WATCHED)
+@pytest.mark.parametrize("table", [*database.WATCHED, "head"])
 def test_a_lost_projection_is_noticed_and_made_again(
     log: EventLog, vandal: sqlite3.Connection, tmp_path: Path, table: str
 ) -> None:
@@ -135,3 +135,17 @@ def test_a_log_that_was_cut_off_is_not_written_to(
     verdict = verify_log(log.path)
     assert verdict.bad_seq is not None
     assert verdict.bad_seq == len(rows) + (0 if len(rows) == 3 else 1)
+
+
+def test_a_log_whose_file_is_gone_is_not_written_to(log: EventLog, tmp_path: Path) -> None:
+    """What would be written to a file without a name would be lost: it is refused, and so is another file."""
+    op = log.request(files(Path("/x")))
+    aside = tmp_path / "aside.db"
+    log.path.rename(aside)
+    with pytest.raises(LogDamaged, match="removed or replaced"):
+        log.cancel(op)
+    log.path.write_bytes(aside.read_bytes())
+    with pytest.raises(LogDamaged, match="removed or replaced"):
+        log.cancel(op)
+    aside.rename(log.path)
+    assert log.cancel(op)

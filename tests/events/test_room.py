@@ -155,3 +155,16 @@ def test_some_workers_are_left_for_what_makes_room(log: EventLog) -> None:
     )
     end(log, first, "a", runs=True)
     assert claimed(log, at_once=1) == [second]
+
+
+def test_a_reason_that_is_no_longer_true_is_told_anew(log: EventLog) -> None:
+    """First it is not their turn, then there is no memory: each is told both, and no more than that."""
+    made = [create(log, f"vm-{n}", memory_mib=512) for n in range(4)]
+    assert claimed(log, at_once=1) == made[:1]
+    end(log, made[0], "vm-0", runs=True)
+    assert claimed(log, at_once=1) == made[1:2]
+    for _ in range(3):
+        claimed(log, at_once=1)
+    told = {op: [row.event.reason for row in log.read(op=op, kind="op.waiting")] for op in made[2:]}  # type: ignore[union-attr]
+    for reasons in told.values():
+        assert [reason.split(":")[0] for reason in reasons] == ["waits for its turn", "waits for memory"]

@@ -64,6 +64,14 @@ class Guest:
             stdin=subprocess.DEVNULL,
         )
 
+    def run_bytes(self, command: str) -> bytes:
+        """Run a command that has to succeed; give its output as it is."""
+        target = ssh.Target(vm=self.paths.vm, port=self.port, paths=self.paths, key=self.dirs.user_key)
+        words = [*ssh.argv(target), command]
+        return subprocess.run(
+            words, stdout=subprocess.PIPE, timeout=60, check=True, stdin=subprocess.DEVNULL
+        ).stdout
+
     def gone(self, timeout_s: float = 8.0) -> bool:
         """Wait until it has switched itself off."""
         assert self.process is not None

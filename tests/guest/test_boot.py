@@ -1,51 +1,97 @@
 from __future__ import annotations
 
-import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
 
-from banger import config, proc
+from banger import config
+from banger.images import base
+from tests.guest import roots
 from tests.guest.conftest import Boot
 
 pytestmark = pytest.mark.guest
 
-BUSYBOX = {"bin/busybox": "busybox", "bin/sh": "->busybox"}
-BARE = {
+BUSYBOX: roots.Tree = {"bin/busybox": roots.BUSYBOX.read_bytes(), "bin/sh": "->busybox"}
+BARE: dict[str, roots.Tree] = {
     "busybox, no passwd": BUSYBOX,
     "busybox under the name of init": {**BUSYBOX, "sbin/init": "->/bin/busybox"},
     "passwd without root": {**BUSYBOX, "etc/passwd": "daemon:x:1:1::/:/bin/false\n"},
     "root without a usable shell": {**BUSYBOX, "etc/passwd": "root:x:0:0:root:/root:/sbin/nologin\n"},
+    "root with another home and id, without a last newline": {
+        **BUSYBOX,
+        "etc/passwd": "root:x:5:5:root:/elsewhere:/bin/sh",
+    },
+    "accounts that a library of the image's looks up": {
+        **BUSYBOX,
+        "etc/nsswitch.conf": "passwd: compat systemd\ngroup: compat\nshadow: compat\n",
+    },
     "nothing to run at all": {"data": "none\n"},
+    "an init that cannot be run": {**BUSYBOX, "sbin/init": "#!/no/such/program\n"},
+    "files where directories belong": dict.fromkeys(
+        ("dev", "proc", "sys", "run", "tmp", "root", "etc", "bin", "sbin", "var", "usr"), "a file\n"
+    ),
+    "directories where files belong": {
+        **BUSYBOX,
+        **dict.fromkeys(
+            ("etc/passwd", "etc/group", "etc/shells", "etc/hosts", "etc/hostname", "etc/resolv.conf"), "/"
+        ),
+        "sbin/init": "/",
+        "root/.ssh/authorized_keys": "/",
+    },
+    "links out of the image": {
+        **BUSYBOX,
+        **dict.fromkeys(("dev", "proc", "sys", "run"), "->/../../banger"),
+        "etc": "->/banger",
+        "tmp": "->../up",
+        "root": "->/",
+    },
+    "links into the image": {
+        **BUSYBOX,
+        "etc": "->private/etc",
+        "private/etc/passwd": "->../accounts",
+        "private/accounts": "root:x:0:0:root:/root:/bin/sh\n",
+        "private/home/kept": "yes\n",
+        "root": "->/private/home",
+        "tmp": "->private/tmp",
+    },
 }
-
-
-def make_root(path: Path, files: dict[str, str]) -> Path:
-    """Make a root file system of very few files: `busybox`, `->` a link, or text."""
-    tree = path / "tree"
-    for name, what in files.items():
-        place = tree / name
-        place.parent.mkdir(parents=True, exist_ok=True)
-        if what == "busybox":
-            shutil.copy(proc.which("busybox", "busybox-static"), place)
-        elif what.startswith("->"):
-            place.symlink_to(what[2:])
-        else:
-            place.write_text(what)
-    image = path / "root.ext4"
-    proc.run(["mkfs.ext4", "-q", "-F", "-E", "root_owner=0:0", "-d", tree, image, "64M"])
-    return image
 
 
 @pytest.mark.parametrize("kind", BARE)
 def test_any_image_answers_ssh_and_obeys_the_power_button(boot: Boot, tmp_path: Path, kind: str) -> None:
-    """An image needs no SSH server, no libraries, no accounts and no shell."""
-    guest = boot(make_root(tmp_path, BARE[kind]))
-    done = guest.run("echo $HOME; exit 7")
-    assert (done.stdout, done.returncode) == ("/root\n", 7), done.stderr
+    """An image needs no SSH server, no libraries, no accounts, no shell, and no sane directories."""
+    guest = boot(roots.root(tmp_path, BARE[kind]))
+    done = guest.run("echo $HOME; cd /tmp && echo hi > mine && cat mine && exit 7")
+    assert (done.stdout, done.returncode) == ("/root\nhi\n", 7), done.stderr
+    assert guest.run("cat /etc/hostname; hostname").stdout == "web\nweb\n"
     guest.vmm.power_button(guest.paths)
     assert guest.gone()
+
+
+def test_links_are_followed_in_the_image_only(boot: Boot, tmp_path: Path) -> None:
+    """What is set for the VM goes where the image's links lead; a linked home's content is at /root."""
+    guest = boot(roots.root(tmp_path, BARE["links into the image"]))
+    assert guest.run("cat /private/etc/hostname").stdout == "web\n"
+    assert guest.run("readlink /etc; cat /root/kept").stdout == "private/etc\nyes\n"
+    assert guest.run("cat /private/accounts").stdout == "root:x:0:0:root:/root:/bin/sh\n"
+
+
+def test_nothing_of_the_overlay_shows_in_the_guest(boot: Boot, tmp_path: Path) -> None:
+    """The disk below the root is not mounted a second time, where a program could change it."""
+    guest = boot(roots.root(tmp_path, BUSYBOX))
+    mounted = guest.run("cut -d' ' -f2 /proc/mounts").stdout.split()
+    assert sorted(mounted) == [
+        "/", "/dev", "/dev/pts", "/dev/shm", "/proc", "/root", "/run", "/sys", "/tmp",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("form", ["squashfs", "ext4"])
+def test_a_guest_boots_from_either_format(boot: Boot, tmp_path: Path, form: base.Format) -> None:
+    """The guest finds out by itself what its base file is."""
+    guest = boot(roots.root(tmp_path, BUSYBOX, form))
+    assert guest.run("/bin/busybox true").returncode == 0
+    assert guest.run("echo mine > /etc/new; cat /etc/new").stdout == "mine\n"
 
 
 def test_a_session_is_what_a_developer_expects(boot: Boot) -> None:

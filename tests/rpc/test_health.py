@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from banger import config
+from banger import config, proc
 from banger.errors import LogDamaged
 from banger.events import vocabulary as ev
 from banger.events.log import EventLog
@@ -148,3 +148,44 @@ def test_a_damaged_log_is_gone_on_with_from_its_good_rows(home: Home) -> None:
     assert (busy.returncode, "banger daemon stop" in busy.stderr) == (4, True)
     assert home.banger("daemon", "stop").returncode == 0
     assert home.json("state", "salvage")["kept"] is None, "a good log is left alone"
+
+
+def test_damage_under_a_running_daemon_ends_it(
+    log: EventLog, dirs: config.Dirs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The newest rows are looked at again and again, and what is found holds for the next start."""
+    monkeypatch.setattr(health, "LIVE_S", 0.05)
+    for lane in "abcd":
+        log.request(ev.OpRequested(kind="t", args={}, steps=("a",), titles=("a",), lane=lane))
+
+    async def watched() -> None:
+        checking = asyncio.create_task(health.keep_checking(dirs))
+        await asyncio.sleep(0.3)
+        assert not checking.done(), "a good log is left alone"
+        sql("UPDATE event SET time_us = time_us + 1 WHERE seq = 3")(dirs.database)
+        await checking
+
+    with pytest.raises(LogDamaged, match="Row 3 "):
+        asyncio.run(asyncio.wait_for(watched(), 10))
+    assert dirs.damaged.exists()
+
+
+def test_a_daemon_whose_log_is_removed_ends(home: Home) -> None:
+    """It does not go on writing to a file without a name: the next command begins with what is there."""
+    assert home.banger("daemon", "start").returncode == 0
+    first = home.daemon()
+    assert first is not None
+    process = proc.identify(first)
+    assert process is not None
+    home.dirs.database.unlink()
+    assert proc.wait_gone(process, 10)
+    assert home.json("ops", "list") == {"ops": []}
+
+
+def test_doctor_and_status_name_the_damage(home: Home) -> None:
+    """Neither says that all is well while the log is damaged."""
+    sql("UPDATE event SET data = replace(data, 'done', 'gone') WHERE seq = 4")(home.dirs.database)
+    checks = {check["name"]: check for check in home.json("doctor")["checks"]}
+    assert (checks["event log"]["status"], "Row 4 " in checks["event log"]["detail"]) == ("fail", True)
+    assert home.banger("daemon", "start", "--read-only").returncode == 0
+    assert "damaged: " in home.banger("daemon", "status").stdout

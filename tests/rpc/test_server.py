@@ -72,7 +72,7 @@ def test_several_requests_on_one_connection(line: Line) -> None:
         (b'{"method": "vm.create", "params": {"name": "No_Label"}}', "invalid", "not a valid VM name"),
         (b'{"method": "vm.create", "params": {"name": "x\\n"}}', "invalid", "not a valid VM name"),
         (b'{"method": "vm.create", "params": {"image": "windows"}}', "not-found", "no image named 'windows'"),
-        (b'{"method": "vm.create", "params": {"image": "../etc"}}', "invalid", "not a valid image name"),
+        (b'{"method": "vm.create", "params": {"image": "../etc"}}', "invalid", "not the name of an image"),
         (b'{"method": "vm.create", "params": {"kernel": "none"}}', "not-found", "no kernel named 'none'"),
         (b'{"method": "vm.stop", "params": {"vm": "nobody"}}', "not-found", "no VM named 'nobody'"),
         (b'{"method": "ops.show", "params": {"op": "op-zzzz"}}', "not-found", "no operation op-zzzz"),

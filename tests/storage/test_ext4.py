@@ -1,4 +1,5 @@
 import io
+import os
 import tarfile
 from pathlib import Path
 
@@ -6,7 +7,7 @@ import pytest
 
 from banger import proc
 from banger.errors import ProgramFailed
-from banger.storage import ext4
+from banger.storage import ext4, ext4_files
 
 
 def debugfs(path: Path, request: str) -> str:
@@ -52,14 +53,50 @@ def test_owners_modes_and_devices_are_those_of_the_archive(tmp_path: Path) -> No
     assert {path.name for path in tmp_path.iterdir()} == {"a.tar", "disk"}
 
 
-def test_damage_is_mended_and_told(tmp_path: Path) -> None:
-    """A wrong free-blocks count is corrected; a file that is no file system is an error."""
+def damage(disk: Path, *requests: str) -> None:
+    for request in requests:
+        proc.run(["debugfs", "-w", "-R", request, str(disk)])
+
+
+@pytest.mark.parametrize(
+    "requests",
+    [
+        ["set_super_value free_blocks_count 1"],
+        ["clri <2>"],
+        ["set_inode_field /kept links_count 9"],
+        ["set_inode_field /kept block[5] 77777777", "freei /kept"],
+        ["freeb 1 4000"],
+    ],
+)
+def test_damage_is_mended_and_told(tmp_path: Path, requests: list[str]) -> None:
+    """What is wrong is corrected, once: the second look finds nothing."""
     disk = tmp_path / "disk"
     ext4.make(disk, 64, label="work")
-    proc.run(["debugfs", "-w", "-R", "set_super_value free_blocks_count 1", str(disk)])
-    proc.run(["debugfs", "-w", "-R", "clri <2>", str(disk)])
+    ext4_files.write(disk, "/kept", b"content", ext4_files.Owner(mode=0o644))
+    damage(disk, *requests)
     assert ext4.check(disk) is True
     assert ext4.check(disk) is False
-    disk.write_bytes(bytes(1 << 20))
-    with pytest.raises(ProgramFailed):
+
+
+def test_a_lost_first_block_is_found_again(tmp_path: Path) -> None:
+    """With the first superblock gone, a copy of it serves, and the files are there."""
+    disk = tmp_path / "disk"
+    ext4.make(disk, 256, label="work")
+    ext4_files.write(disk, "/kept", b"content", ext4_files.Owner(mode=0o644))
+    with disk.open("r+b") as file:
+        file.write(bytes(4096))
+    assert ext4.check(disk) is True
+    assert ext4_files.read(disk, "/kept") == b"content"
+
+
+@pytest.mark.parametrize("content", [bytes(1 << 20), b"", os.urandom(1 << 20)])
+def test_what_is_no_file_system_cannot_be_mended(tmp_path: Path, content: bytes) -> None:
+    """The error is a sentence with the file's name, and the file is left as it is."""
+    disk = tmp_path / "disk"
+    disk.write_bytes(content)
+    with pytest.raises(ProgramFailed, match="The file system disk is damaged") as caught:
         ext4.check(disk)
+    assert caught.value.message.isprintable()
+    assert caught.value.status is not None
+    assert caught.value.status >= 4
+    assert disk.read_bytes() == content
