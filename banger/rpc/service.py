@@ -73,7 +73,7 @@ class Service:
             p.VmSsh: self._vm_ssh,
             p.VmList: lambda _: {"vms": self.vm_views()},
             p.ImageList: lambda _: {"images": self._artifacts("image")},
-            p.ImageShow: lambda r: {"image": self._artifact("image", r.image)},
+            p.ImageShow: lambda r: {"image": self._artifact("image", r.image) | self._made("image", r.image)},
             p.ImageBuild: lambda r: self._make("image", r.image, r),
             p.ImagePull: self._pull,
             p.ImageRegister: self._from_files,
@@ -84,7 +84,9 @@ class Service:
             p.CachePrune: self._prune,
             p.ImageDelete: lambda r: self._delete("image", r.image),
             p.KernelList: lambda _: {"kernels": self._artifacts("kernel")},
-            p.KernelShow: lambda r: {"kernel": self._artifact("kernel", r.kernel)},
+            p.KernelShow: lambda r: {
+                "kernel": self._artifact("kernel", r.kernel) | self._made("kernel", r.kernel)
+            },
             p.KernelPull: lambda r: self._make("kernel", r.kernel, r),
             p.KernelDelete: lambda r: self._delete("kernel", r.kernel),
             **Operations(log, dirs, self._pipelines, self._create).answers,
@@ -306,13 +308,18 @@ class Service:
         names = {known.name for known in queries.artifacts(self.log, kind)} | set(_recipes(kind))
         return [self._artifact(kind, name) for name in sorted(names)]
 
+    def _made(self, kind: str, name: str) -> dict[str, Any]:
+        """Tell which operation made what a name stands for."""
+        rows = self.log.read(stream=f"{kind}-{name}", kind="artifact.published", limit=1, newest=True)
+        return {"op": rows[0].op if rows else None}
+
     def _artifact(self, kind: str, name: str) -> dict[str, Any]:
         known = queries.artifact(self.log, kind, name)
         recipe = _recipes(kind).get(name)
         if known is None and recipe is None:
             raise NotFound(f"There is no {kind} named {name!r}.", hint=f"`banger {kind} list` shows them.")
         present = known is not None and store.find(self.dirs.cache, kind, known.digest) is not None
-        source = "local recipe" if recipe is not None else None
+        source = "local recipe" if recipe is not None else _source(known)
         return views.artifact(name, known, present=present, recipe=source)
 
     def _make(self, what: str, name: str, request: p.ImageBuild | p.KernelPull) -> dict[str, Any]:
@@ -362,6 +369,12 @@ class Service:
         pipeline: Pipeline = self._pipelines[f"{kind}.delete"]
         asked = pipeline.request(lane=f"{kind}:{name}", args={"kind": kind, "name": name}, name=name)
         return {"op": self.log.request(asked)}
+
+
+def _source(known: queries.ArtifactSummary | None) -> str | None:
+    """Say where an artifact came from that no recipe makes."""
+    details = known.details if known else {}
+    return next((str(details[key]) for key in ("reference", "bundle", "file") if key in details), None)
 
 
 def _needs(spec: VmSpec, *, make: bool, start: bool) -> Needs:

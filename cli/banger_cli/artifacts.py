@@ -110,9 +110,13 @@ def _story(found: Json) -> Iterator[str]:
             ("here", "yes" if found["present"] else "when needed"),
             ("size", None if found["size_bytes"] is None else layout.size(found["size_bytes"])),
             ("created", layout.moment(found["created_us"])),
+            ("by", found.get("op")),
+            ("source", found.get("source")),
         ]
     )
     for key, value in (found["details"] or {}).items():
+        if value in ("", []):
+            continue
         if isinstance(value, list):
             yield from ("", f"{key}:", *(f"  {each}" for each in value))
         else:

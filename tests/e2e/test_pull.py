@@ -1,0 +1,145 @@
+"""Images from a real registry, to the guest's first answer."""
+
+from __future__ import annotations
+
+import ast
+import io
+import subprocess
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from banger.images import base, debian
+from banger.testing.home import Home
+from banger.testing.registry import Registry
+from tests.guest import roots
+from tests.guest.conftest import NAME
+from tests.guest.test_ownership import FIND, OTHERS, Seen, archive_of, expected, ours
+
+pytestmark = pytest.mark.guest
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Iterator[Home]:
+    with Home() as home:
+        home.configure("memory_mib = 256\n")
+        yield home
+
+
+@pytest.fixture
+def registry(tmp_path: Path) -> Iterator[Registry]:
+    with Registry(tmp_path / "registry") as registry:
+        yield registry
+
+
+def inside(home: Home, vm: str, script: str) -> bytes:
+    """Run a script in a VM; give its output as it is."""
+    argv = home.argv("vm", "exec", vm, "--", "sh", "-c", script)
+    return subprocess.run(argv, env=home.environ, capture_output=True, check=True, timeout=120).stdout
+
+
+def listed(home: Home, vm: str) -> dict[bytes, Seen]:
+    """List a VM's root from inside: what find knows, and what only Python tells."""
+    words = inside(home, vm, FIND).split(b"\0")[:-1]
+    others = ast.literal_eval(inside(home, vm, f"python3 - << 'END'\n{OTHERS}\nEND").decode())
+    found: dict[bytes, Seen] = {}
+    for path, kind, mode, uid, gid, size, link in zip(*[iter(words)] * 7, strict=True):
+        device, values = others.get(path, ((0, 0), {}))
+        length = None if kind == b"d" else int(size)
+        found[path] = (kind, int(mode, 8), int(uid), int(gid), length, link, device, values)
+    return found
+
+
+def without_disks(tar: Path, out: Path) -> bytes:
+    """Copy an archive without its block devices, which no image from a registry may have."""
+    with tarfile.open(tar) as old, tarfile.open(out, "w", format=tarfile.PAX_FORMAT) as new:
+        for member in old:
+            if not member.isblk():
+                new.addfile(member, old.extractfile(member) if member.isreg() else None)
+    return out.read_bytes()
+
+
+def upper_layer() -> bytes:
+    """Make a second layer: a file replaced, one taken away, a directory emptied, and one more."""
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w", format=tarfile.PAX_FORMAT) as tar:
+        for name, content, mode in (
+            ("etc/issue", b"replaced\n", 0o600),
+            ("etc/.wh.issue.net", b"", 0o644),
+            ("usr/share/misc/.wh..wh..opq", b"", 0o644),
+            ("usr/share/misc/only", b"new\n", 0o4755),
+        ):
+            member = tarfile.TarInfo(name)
+            member.size, member.mode, member.uid = len(content), mode, 33
+            tar.addfile(member, io.BytesIO(content))
+    return out.getvalue()
+
+
+def test_a_pulled_debian_is_what_its_layers_say(home: Home, registry: Registry, tmp_path: Path) -> None:
+    """Owner, mode, size, link, device, attributes of every entry are as in the layers, whiteouts applied."""
+    default = base.path_of(debian.build(debian.RECIPES[NAME], home.dirs.cache))
+    whole = archive_of(default, tmp_path / "whole.tar")
+    lower = without_disks(whole, tmp_path / "lower.tar")
+    registry.image("team/debian", "12", lower, upper_layer(), compress=True)
+    pulled = home.banger("image", "pull", f"{registry.host}/team/debian:12", "--name", "deb")
+    assert pulled.returncode == 0, pulled.stderr
+    assert home.banger("vm", "create", "web", "--image", "deb", "--wait").returncode == 0
+    wanted = expected(tmp_path / "lower.tar")
+    wanted.setdefault(b"", (b"d", 0o755, 0, 0, None, b"", (0, 0), {}))
+    for path in [path for path in wanted if path.startswith(b"usr/share/misc/")]:
+        del wanted[path]
+    del wanted[b"etc/issue.net"]
+    wanted[b"etc/issue"] = (b"f", 0o600, 33, 0, 9, b"", (0, 0), {})
+    wanted[b"usr/share/misc/only"] = (b"f", 0o4755, 33, 0, 4, b"", (0, 0), {})
+    found = listed(home, "web")
+    assert len(wanted) > 8000
+    differing = {
+        path: (wanted.get(path), found.get(path))
+        for path in wanted.keys() | found.keys()
+        if wanted.get(path) != found.get(path) and not ours(path)
+    }
+    assert differing == {}
+    shown = home.json("image", "show", "deb")["image"]
+    assert shown["details"]["manifest"].startswith("sha256:")
+    assert shown["op"] == home.json("ops", "list")["ops"][-1]["id"]
+    assert home.banger("vm", "delete", "web").returncode == 0
+    assert home.leftovers() == []
+
+
+def test_an_image_that_is_nothing_but_busybox_answers(home: Home, registry: Registry, tmp_path: Path) -> None:
+    """Asked for by its reference, it is pulled, boots and runs a command; the second time it is here."""
+    tree: roots.Tree = {
+        "bin/busybox": roots.BUSYBOX.read_bytes(),
+        "bin/sh": "->busybox",
+        "bin/uname": "->busybox",
+    }
+    layer = roots.archive(tmp_path / "tiny.tar", tree).read_bytes()
+    registry.image("tiny", "1", layer, compress=True)
+    for _ in range(2):
+        ran = home.banger("vm", "run", "--rm", "--image", f"{registry.host}/tiny:1", "--", "uname", "-s")
+        assert (ran.returncode, ran.stdout) == (0, "Linux\n"), ran.stderr
+    kinds = [op["kind"] for op in home.json("ops", "list")["ops"]]
+    assert kinds.count("image.pull") == 1
+    assert home.leftovers() == []
+
+
+def test_a_pull_that_cannot_be_says_so_and_leaves_nothing(
+    home: Home, registry: Registry, tmp_path: Path
+) -> None:
+    """Unknown, unreachable, not a reference, refused by its content: a sentence, a hint where one helps."""
+    registry.image("escape", "1", roots.archive(tmp_path / "bad.tar", {"../evil": "x"}).read_bytes())
+    for reference, code, words in (
+        (f"{registry.host}/nope:1", 6, "does not have"),
+        ("127.0.0.1:1/nope:1", 6, "cannot be reached"),
+        ("no/registry", 2, "which registry"),
+        (f"{registry.host}/UPPER:1", 2, "not the name of an image"),
+        (f"{registry.host}/escape:1", 6, "refused"),
+    ):
+        refused = home.banger("image", "pull", reference)
+        assert (refused.returncode, words in refused.stderr) == (code, True), refused.stderr
+        assert "Traceback" not in refused.stderr
+    assert home.json("image", "list")["images"][0]["name"] == "debian-12"
+    assert not list((home.dirs.cache / "images").glob(".building-*"))
+    assert home.leftovers() == []
