@@ -24,10 +24,12 @@ import msgspec
 import zstandard
 
 from banger.errors import Cancelled, InvalidImage, InvalidRequest
-from banger.images import base, custom, download, inflate, magic, store, tarstream
-from banger.images.blobs import Blob
+from banger.images import base, custom, magic, store
 from banger.images.cache import using
-from banger.images.names import shown
+from banger.images.layers import inflate, tarstream
+from banger.images.layers.names import shown
+from banger.images.remote import download
+from banger.images.remote.blobs import Blob
 from banger.images.store import Details
 from banger.model import Artifact, Value
 

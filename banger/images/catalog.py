@@ -37,9 +37,9 @@ from banger.errors import (
     OperationFailed,
     from_os_error,
 )
-from banger.images import download
 from banger.images.bundle import Bundle
-from banger.images.reference import is_loopback
+from banger.images.remote import download
+from banger.images.remote.reference import is_loopback
 from banger.model import Value, check_artifact_name
 
 MAX_BYTES = 256 << 10

@@ -16,7 +16,8 @@ import zstandard
 
 from banger.errors import InvalidImage
 from banger.guest import cpio
-from banger.images import inflate, kernel, magic, packages
+from banger.images import kernel, magic, packages
+from banger.images.layers import inflate
 from banger.images.store import Details
 
 KERNEL = kernel.VMLINUZ

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from banger.images import base, cache, flatten, registry
-from banger.images.oci import Pulled
+from banger.images import base, cache
+from banger.images.layers import flatten
+from banger.images.remote import registry
+from banger.images.remote.oci import Pulled
 
 Details = dict[str, str | int | list[str]]
 MAX_WARNINGS = 20

@@ -21,7 +21,7 @@ from banger.events.log import EventLog
 from banger.guest import ssh
 from banger.images import debian, store
 from banger.images import kernel as kernels
-from banger.images import reference as references
+from banger.images.remote import reference as references
 from banger.model import Needs, Resource, VmSpec, check_artifact_name, check_vm_name
 from banger.rpc import asking, views
 from banger.rpc import protocol as p

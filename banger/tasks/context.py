@@ -19,7 +19,7 @@ from banger.events.log import EventLog
 from banger.guest import agent, ssh
 from banger.images import debian
 from banger.images import kernel as kernels
-from banger.images.oci import Pulled
+from banger.images.remote.oci import Pulled
 from banger.model import Artifact, Resource
 from banger.storage import ext4
 from banger.tasks.pipeline import Park, Pipeline

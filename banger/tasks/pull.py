@@ -8,7 +8,7 @@ import msgspec
 
 from banger.events.vocabulary import Facts
 from banger.images import store
-from banger.images.oci import Pulled, artifact_digest
+from banger.images.remote.oci import Pulled, artifact_digest
 from banger.model import Resource
 from banger.tasks.artifacts import forget_unpublished, publish
 from banger.tasks.context import Ctx

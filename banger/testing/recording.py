@@ -23,7 +23,7 @@ from banger.errors import Busy, Cancelled, HostLacks, PortTaken, ProgramFailed, 
 from banger.guest import ssh
 from banger.images import base, debian, store
 from banger.images import kernel as kernels
-from banger.images.oci import ImageConfig, Layer, Pulled
+from banger.images.remote.oci import ImageConfig, Layer, Pulled
 from banger.model import Artifact, Process, Value
 from banger.tasks.context import World
 from banger.vmm.accelerator import Accelerator

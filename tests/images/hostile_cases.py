@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 
 import zstandard
 
-from banger.images.flatten import Limits
+from banger.images.layers.flatten import Limits
 from banger.model import Value
 from tests.images.tarbytes import END, binary, d, device, f, gnu, h, head, padded, pax, raw_pax, record, s
 

@@ -7,8 +7,8 @@ import time
 from pathlib import Path
 
 from banger.errors import InvalidImage
-from banger.images.flatten import Limits, flatten
-from banger.images.oci import Layer
+from banger.images.layers.flatten import Limits, flatten
+from banger.images.remote.oci import Layer
 
 
 def attempt(layers: list[Layer], out: Path, limits: Limits) -> tuple[str | None, float, float, int]:

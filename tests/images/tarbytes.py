@@ -6,7 +6,7 @@ import gzip
 import hashlib
 from pathlib import Path
 
-from banger.images.oci import Layer
+from banger.images.remote.oci import Layer
 
 END = bytes(1024)
 

@@ -16,8 +16,9 @@ import pytest
 import zstandard
 
 from banger.errors import Cancelled, DownloadFailed, InvalidImage, InvalidRequest
-from banger.images import base, bundle, cache, custom, download, store
+from banger.images import base, bundle, cache, custom, store
 from banger.images.bundle import Bundle, Limits
+from banger.images.remote import download
 from banger.model import Artifact
 from banger.storage import ext4
 from tests.images.serving import Site, serving

@@ -11,10 +11,11 @@ import pytest
 
 from banger import config
 from banger.errors import Cancelled, InvalidRequest, NotFound, OperationFailed
-from banger.images import catalog, debian, download
+from banger.images import catalog, debian
 from banger.images import kernel as kernels
 from banger.images.bundle import Bundle
 from banger.images.catalog import Recipe, Reference
+from banger.images.remote import download
 from tests.images.serving import Site, serving
 
 SHA = "0123456789abcdef" * 4

@@ -20,8 +20,8 @@ import pytest
 
 from banger import proc
 from banger.errors import Cancelled, DiskFull, InvalidImage
-from banger.images.flatten import Flattened, Limits, flatten
-from banger.images.oci import Layer
+from banger.images.layers.flatten import Flattened, Limits, flatten
+from banger.images.remote.oci import Layer
 from tests.images.listing import listing
 from tests.images.tarbytes import END, binary, d, device, f, h, head, layer_of, pax, record, s
 
@@ -306,7 +306,7 @@ def test_a_killed_merge_leaves_no_process_and_is_swept(tmp_path: Path) -> None:
     staging = tmp_path / "staging"
     staging.mkdir()
     code = (
-        "import sys; from pathlib import Path; from banger.images.flatten import flatten\n"
+        "import sys; from pathlib import Path; from banger.images.layers.flatten import flatten\n"
         "from tests.images.tarbytes import layer_of\n"
         "here = Path(sys.argv[1])\n"
         "layer = layer_of(here / 'copy', b'', packed=(here / 'blob').read_bytes())\n"

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from banger.images.oci import Layer
+from banger.images.remote.oci import Layer
 from tests.images.hostile_cases import CASES, Blob, Case
 from tests.images.listing import listing
 from tests.images.measured import attempt

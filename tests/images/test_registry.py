@@ -23,8 +23,8 @@ from cryptography.hazmat.primitives.asymmetric import ec, utils
 from cryptography.x509.oid import NameOID
 
 from banger.errors import ImageUnknown, InvalidImage, RegistryDenied, RegistryUnreachable
-from banger.images import blobs, registry
-from banger.images.oci import Pulled
+from banger.images.remote import blobs, registry
+from banger.images.remote.oci import Pulled
 from banger.testing.registry import CONFIG, INDEX, LAYER, MANIFEST, Registry
 from tests.images import hostile
 from tests.images.hostile import Server, digest

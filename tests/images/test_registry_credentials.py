@@ -10,8 +10,8 @@ import pytest
 
 from banger import proc
 from banger.errors import Cancelled, RegistryDenied
-from banger.images import credentials
-from banger.images.credentials import Credentials
+from banger.images.remote import credentials
+from banger.images.remote.credentials import Credentials
 
 
 @pytest.fixture

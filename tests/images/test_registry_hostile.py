@@ -29,7 +29,7 @@ from banger.errors import (
     RegistryUnreachable,
     RegistryUntrusted,
 )
-from banger.images import blobs, registry
+from banger.images.remote import blobs, registry
 from banger.testing.registry import INDEX, LAYER, MANIFEST
 from tests.images import hostile
 from tests.images.hostile import Server, blob_path, digest
@@ -123,7 +123,7 @@ def first_then(first: hostile.Answer, then: hostile.Answer) -> hostile.Answer:
 PULL = """
 import sys
 from pathlib import Path
-from banger.images import registry
+from banger.images.remote import registry
 registry.pull(sys.argv[1], Path(sys.argv[2]), environ={"HOME": "/nonexistent"})
 """
 

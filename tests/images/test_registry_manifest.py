@@ -6,8 +6,8 @@ import msgspec
 import pytest
 
 from banger.errors import InvalidImage
-from banger.images import manifest
-from banger.images.manifest import CONFIGS, INDEXES, LAYERS, MANIFESTS, Manifest
+from banger.images.remote import manifest
+from banger.images.remote.manifest import CONFIGS, INDEXES, LAYERS, MANIFESTS, Manifest
 from tests.images.hostile import digest
 
 OCI, DOCKER = MANIFESTS

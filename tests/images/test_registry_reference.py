@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from banger.errors import InvalidRequest
-from banger.images import reference
+from banger.images.remote import reference
 from tests.images.hostile import digest
 
 PINNED = digest(b"")

@@ -20,7 +20,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
 from banger.errors import Cancelled, RegistryError, RegistryUnreachable, RegistryUntrusted
-from banger.images import reference, registry, wire
+from banger.images.remote import reference, registry, wire
 from tests.images import hostile
 from tests.images.hostile import Server
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from banger.images import sandbox
+from banger.images.layers import sandbox
 
 needs_landlock = pytest.mark.skipif(not sandbox.landlock_version(), reason="The kernel has no Landlock.")
 
@@ -16,7 +16,7 @@ needs_landlock = pytest.mark.skipif(not sandbox.landlock_version(), reason="The 
 def run(code: str, held: Path) -> list[str]:
     """Run lines in a confined process; each is tried, and answers with its error's name or `done`."""
     program = (
-        "import os, resource, socket, sys; from banger.images import sandbox\n"
+        "import os, resource, socket, sys; from banger.images.layers import sandbox\n"
         "held = os.open(sys.argv[1], os.O_RDWR)\n"
         "sandbox.confine(read=[sys.prefix, sys.base_prefix])\n"
         "def attempt(line):\n"

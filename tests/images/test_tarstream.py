@@ -15,9 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from banger.errors import InvalidImage
-from banger.images.tarstream import LARGEST_OWNER, LATEST, Entry, Kind, entries
-from banger.images.tarwriter import Member, header
-from banger.images.tree import Tree
+from banger.images.layers.tarstream import LARGEST_OWNER, LATEST, Entry, Kind, entries
+from banger.images.layers.tarwriter import Member, header
+from banger.images.layers.tree import Tree
 from tests.images.tarbytes import END, gnu, head, pax, raw_pax, record
 
 CASES = 100_000

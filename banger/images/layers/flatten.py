@@ -19,13 +19,13 @@ import msgspec
 
 from banger import proc
 from banger.errors import InvalidImage, ProgramFailed, TimedOut, from_dict
-from banger.images.flatten_child import Answer, Job
-from banger.images.flatten_child import Limits as Limits
-from banger.images.oci import Layer
+from banger.images.layers.flatten_child import Answer, Job
+from banger.images.layers.flatten_child import Limits as Limits
+from banger.images.remote.oci import Layer
 from banger.model import Value
 
 _WORK = ".flatten-"
-_CHILD = "banger.images.flatten_child"
+_CHILD = "banger.images.layers.flatten_child"
 
 
 class Flattened(Value):

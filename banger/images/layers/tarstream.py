@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from typing import Protocol
 
 from banger.errors import InvalidImage
-from banger.images.names import shown
+from banger.images.layers.names import shown
 from banger.model import Value
 
 BLOCK = 512

@@ -16,9 +16,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from banger.errors import InvalidImage
-from banger.images.names import DEEPEST, LONGEST_NAME, LONGEST_PATH, shown, split
-from banger.images.tarstream import Entry, Kind
-from banger.images.tarwriter import Member, record
+from banger.images.layers.names import DEEPEST, LONGEST_NAME, LONGEST_PATH, shown, split
+from banger.images.layers.tarstream import Entry, Kind
+from banger.images.layers.tarwriter import Member, record
 
 MOST_LAYERS = 255
 MOST_LINKS = 65_000

@@ -22,17 +22,17 @@ from banger.errors import (
     RegistryUnreachable,
     RegistryUntrusted,
 )
-from banger.images import blobs, credentials, manifest
-from banger.images import reference as references
-from banger.images.blobs import Blob
-from banger.images.manifest import Descriptor, Manifest
-from banger.images.oci import ImageConfig, Layer, Pulled
-from banger.images.reference import Reference
+from banger.images.remote import blobs, credentials, manifest
+from banger.images.remote import reference as references
+from banger.images.remote.blobs import Blob
+from banger.images.remote.manifest import Descriptor, Manifest
+from banger.images.remote.oci import ImageConfig, Layer, Pulled
+from banger.images.remote.reference import Reference
 from banger.model import Value
 
 if TYPE_CHECKING:
-    from banger.images.client import Client
-    from banger.images.wire import Wire
+    from banger.images.remote.client import Client
+    from banger.images.remote.wire import Wire
 
 LOOK_S = 0.1
 PROGRESS_S = 2.0
@@ -72,8 +72,8 @@ def pull(
     a RegistryError, InvalidImage, DiskFull or Cancelled; what came whole stays, and beginnings that help.
     """
     # 130 ms and 25 MB, which a process that pulls nothing does not pay.
-    from banger.images.client import Client
-    from banger.images.wire import Policy, Wire
+    from banger.images.remote.client import Client
+    from banger.images.remote.wire import Policy, Wire
 
     wanted = references.parse(reference)
     limits = limits or Limits()

@@ -32,8 +32,8 @@ from banger.errors import (
     RegistryUnreachable,
     RegistryUntrusted,
 )
-from banger.images import blobs, wire
-from banger.images.blobs import Blob, Body
+from banger.images.remote import blobs, wire
+from banger.images.remote.blobs import Blob, Body
 
 INACTIVITY_S = 30.0
 """How long a server may send next to nothing."""

@@ -7,7 +7,7 @@ import struct
 from collections.abc import Mapping
 
 from banger.errors import InvalidImage
-from banger.images.tarstream import BLOCK, Kind
+from banger.images.layers.tarstream import BLOCK, Kind
 from banger.model import Value
 
 _BUFFER = 1 << 20

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from banger.errors import InvalidImage
-from banger.images.oci import ImageConfig
+from banger.images.remote.oci import ImageConfig
 
 MANIFESTS = (
     "application/vnd.oci.image.manifest.v1+json",

@@ -1,4 +1,6 @@
-"""The process that reads untrusted layers: `python -I -m banger.images.flatten_child`, a job on its input.
+"""The process that reads untrusted layers: `python -I -m banger.images.layers.flatten_child`.
+
+Its job is on its standard input.
 
 It opens what it needs, gives up every right to open more, and only then looks at the first byte. It answers
 with one line of JSON: what it made, or the error that the parent is to raise.
@@ -16,11 +18,11 @@ from pathlib import Path
 import msgspec
 
 from banger.errors import BangerError, InvalidImage, from_os_error
-from banger.images import inflate, sandbox
-from banger.images.tape import Tape
-from banger.images.tarstream import entries
-from banger.images.tarwriter import Writer
-from banger.images.tree import Tree
+from banger.images.layers import inflate, sandbox
+from banger.images.layers.tape import Tape
+from banger.images.layers.tarstream import entries
+from banger.images.layers.tarwriter import Writer
+from banger.images.layers.tree import Tree
 from banger.model import Value
 
 MEMORY_BYTES = 1 << 30

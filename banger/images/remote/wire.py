@@ -28,7 +28,7 @@ from urllib3.connection import HTTPConnection, HTTPSConnection
 from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
 
 from banger.errors import BangerError, RegistryUnreachable, RegistryUntrusted
-from banger.images.reference import Reference, is_loopback, split_host
+from banger.images.remote.reference import Reference, is_loopback, split_host
 
 CONNECT_S = 10.0
 ANSWER_BYTES = 1 << 20

@@ -28,10 +28,10 @@ from banger.errors import (
     RegistryUnreachable,
     RegistryUntrusted,
 )
-from banger.images import manifest, wire
-from banger.images.blobs import Blob, Body
-from banger.images.credentials import Credentials
-from banger.images.reference import Reference, split_host
+from banger.images.remote import manifest, wire
+from banger.images.remote.blobs import Blob, Body
+from banger.images.remote.credentials import Credentials
+from banger.images.remote.reference import Reference, split_host
 
 MAX_REDIRECTS = 5
 

@@ -1,0 +1,1 @@
+"""Layers of images, joined into one archive: nothing of them is ever unpacked on this host."""

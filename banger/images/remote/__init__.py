@@ -1,0 +1,1 @@
+"""Images in registries: what a name means, and its layers, fetched and checked."""
