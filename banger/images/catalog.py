@@ -51,6 +51,9 @@ _HINT = "An entry has `name` and one of `bundle` (with `sha256` and `size`), `re
 Kind = Literal["image", "kernel"]
 
 
+_A: dict[Kind, str] = {"image": "an image", "kernel": "a kernel"}
+
+
 class Reference(Value, tag="reference"):
     """An image in a registry."""
 
@@ -102,7 +105,7 @@ class Catalog(Value):
                 hint="`catalogs` in config.toml names them.",
             )
         known = ", ".join(entry.name for entry in self.entries if entry.kind == kind)
-        raise NotFound(f"No catalog has a {kind} named {name!r}.", hint=f"They have: {known}.")
+        raise NotFound(f"No catalog has {_A[kind]} named {name!r}.", hint=f"They have: {known}.")
 
 
 def read(places: Sequence[str], *, cancelled: Callable[[], bool] = lambda: False) -> Catalog:

@@ -36,7 +36,7 @@ REFUSED = [
     (f"vm create {'a' * 64}", 2, "invalid", "is not a valid VM name"),
     ("vm create ../../etc", 2, "invalid", "is not a valid VM name"),
     ("vm create a --image nope", 3, "not-found", "There is no image named 'nope'"),
-    ("vm create a --image ../x", 2, "invalid", "is not a valid image name"),
+    ("vm create a --image ../x", 2, "invalid", "is not the name of an image"),
     ("vm create a --kernel nope", 3, "not-found", "There is no kernel named 'nope'"),
     ("vm create taken", 4, "exists", "taken"),
     ("vm run --rm --name taken -- true", 4, "exists", "taken"),
@@ -57,7 +57,7 @@ REFUSED = [
     ("ops cancel op-00000000", 3, "not-found", "There is no operation"),
     ("image show nope", 3, "not-found", "There is no image named 'nope'"),
     ("image delete nope", 3, "not-found", "There is no image named 'nope'"),
-    ("kernel pull nope", 3, "not-found", "There is no recipe for 'nope'"),
+    ("kernel pull nope", 3, "not-found", "No catalog has a kernel named 'nope'"),
 ]
 
 

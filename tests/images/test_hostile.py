@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import resource_tracker
 from pathlib import Path
 
 import pytest
@@ -47,6 +48,8 @@ def measured() -> Iterator[ProcessPoolExecutor]:
     """A process whose only children are those that flatten: what the largest took is known there."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         yield pool
+    # Spawning started a process that lives as long as we do; other tests count our children.
+    resource_tracker._resource_tracker._stop()  # type: ignore[attr-defined]
 
 
 def put(place: Path, case: Case) -> list[Layer]:
