@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import socket
 from collections.abc import Callable
 from typing import Any
@@ -13,23 +12,20 @@ import msgspec
 from banger import __version__, proc
 from banger import log as logging
 from banger.config import Config, Dirs, capacity, sizes
-from banger.errors import AlreadyExists, BangerError, InvalidRequest, NotFound, WrongState
+from banger.errors import BangerError, InvalidRequest, WrongState
 from banger.events import queries, verify
 from banger.events import vocabulary as ev
 from banger.events.fold import Vm
 from banger.events.log import EventLog
 from banger.guest import ssh
-from banger.images import debian, store
-from banger.images import kernel as kernels
-from banger.images.remote import reference as references
 from banger.model import Needs, Resource, VmSpec, check_artifact_name, check_vm_name
 from banger.rpc import asking, views
 from banger.rpc import protocol as p
+from banger.rpc.artifacts import Artifacts
 from banger.rpc.names import random_name
 from banger.rpc.operations import Operations
 from banger.rpc.past import Past
-from banger.tasks import artifacts, lost
-from banger.tasks.pipeline import Pipeline
+from banger.tasks import lost
 from banger.tasks.registry import pipelines
 from banger.tasks.vm import ONLY_MAKE
 from banger.vmm import qemu
@@ -59,6 +55,7 @@ class Service:
         self._since_us = since_us
         self._stop = stop
         self._pipelines = pipelines()
+        self._shelf = Artifacts(log, dirs, config, self._pipelines)
         self._answers: dict[type[p.Request], Callable[[Any], dict[str, Any]]] = {
             p.Hello: self._hello,
             p.DaemonStatus: self._status,
@@ -72,23 +69,7 @@ class Service:
             p.VmShow: self._vm_show,
             p.VmSsh: self._vm_ssh,
             p.VmList: lambda _: {"vms": self.vm_views()},
-            p.ImageList: lambda _: {"images": self._artifacts("image")},
-            p.ImageShow: lambda r: {"image": self._artifact("image", r.image) | self._made("image", r.image)},
-            p.ImageBuild: lambda r: self._make("image", r.image, r),
-            p.ImagePull: self._pull,
-            p.ImageRegister: self._from_files,
-            p.ImagePromote: self._from_files,
-            p.ImageInstall: self._from_files,
-            p.KernelInstall: self._from_files,
-            p.KernelImport: self._from_files,
-            p.CachePrune: self._prune,
-            p.ImageDelete: lambda r: self._delete("image", r.image),
-            p.KernelList: lambda _: {"kernels": self._artifacts("kernel")},
-            p.KernelShow: lambda r: {
-                "kernel": self._artifact("kernel", r.kernel) | self._made("kernel", r.kernel)
-            },
-            p.KernelPull: lambda r: self._make("kernel", r.kernel, r),
-            p.KernelDelete: lambda r: self._delete("kernel", r.kernel),
+            **self._shelf.answers,
             **Operations(log, dirs, self._pipelines, self._create).answers,
             **Past(log).answers,
         }
@@ -181,7 +162,7 @@ class Service:
         """Resolve what is asked for; also what its image is pulled by, if it was asked for so."""
         default = sizes(self.config)
         taken = {vm.spec.name for vm in queries.vms(self.log)}
-        image, reference = self._image_asked(request.image or self.config.image)
+        image, reference = self._shelf.image_asked(request.image or self.config.image)
         spec = VmSpec(
             name=check_vm_name(request.name) if request.name is not None else random_name(taken),
             image=image,
@@ -197,23 +178,9 @@ class Service:
         _within("memory", spec.memory_mib, MIN_MEMORY_MIB, most.memory_mib, "MiB")
         _within("disk-size", spec.disk_mib, MIN_DISK_MIB, MAX_DISK_MIB, "MiB")
         if reference is None:
-            self._artifact("image", spec.image)
-        self._artifact("kernel", spec.kernel)
+            self._shelf.show("image", spec.image)
+        self._shelf.show("kernel", spec.kernel)
         return spec, reference
-
-    def _image_asked(self, word: str) -> tuple[str, str | None]:
-        """Tell an image's name from what one is pulled by, which has a `/` or a `:`."""
-        if not re.search("[/:]", word):
-            return check_artifact_name(word, "image"), None
-        wanted = references.parse(word, self.config.registry)
-        name = check_artifact_name(wanted.default_name, "image")
-        known = queries.artifact(self.log, "image", name)
-        if name in debian.RECIPES or (known is not None and known.details.get("reference") != str(wanted)):
-            raise AlreadyExists(
-                f"Another image is named {name}.",
-                hint=f"`banger image pull {word} --name NAME`, then `--image NAME`.",
-            )
-        return name, str(wanted)
 
     def _vm_change(self, request: p.ChangesVm) -> dict[str, Any]:
         vm = queries.find_vm(self.log, request.vm)
@@ -302,80 +269,6 @@ class Service:
             )
         return ssh.Target(vm=vm.id, port=vm.ssh_port, paths=self.dirs.vm(vm.id), key=self.dirs.user_key)
 
-    # -- images and kernels ------------------------------------------------------------------
-
-    def _artifacts(self, kind: str) -> list[dict[str, Any]]:
-        names = {known.name for known in queries.artifacts(self.log, kind)} | set(_recipes(kind))
-        return [self._artifact(kind, name) for name in sorted(names)]
-
-    def _made(self, kind: str, name: str) -> dict[str, Any]:
-        """Tell which operation made what a name stands for."""
-        rows = self.log.read(stream=f"{kind}-{name}", kind="artifact.published", limit=1, newest=True)
-        return {"op": rows[0].op if rows else None}
-
-    def _artifact(self, kind: str, name: str) -> dict[str, Any]:
-        known = queries.artifact(self.log, kind, name)
-        recipe = _recipes(kind).get(name)
-        if known is None and recipe is None:
-            raise NotFound(f"There is no {kind} named {name!r}.", hint=f"`banger {kind} list` shows them.")
-        present = known is not None and store.find(self.dirs.cache, kind, known.digest) is not None
-        source = "local recipe" if recipe is not None else _source(known)
-        return views.artifact(name, known, present=present, recipe=source)
-
-    def _make(self, what: str, name: str, request: p.ImageBuild | p.KernelPull) -> dict[str, Any]:
-        if name not in _recipes(what):
-            raise NotFound(f"There is no recipe for {name!r}.", hint=f"`banger {what} list` shows them.")
-        kind, lane = request.method, f"{what}:{name}"
-        joined = asking.under_way(self.log, kind, lane)
-        if joined is not None:
-            return asking.reply(self.log, joined)
-        asked = self._pipelines[kind].request(lane=lane, args={"name": name}, name=name)
-        return {"op": self.log.request(asking.stamped(asked, request))}
-
-    def _pull(self, request: p.ImagePull) -> dict[str, Any]:
-        wanted = references.parse(request.reference, self.config.registry)
-        name = check_artifact_name(request.name or wanted.default_name, "image")
-        if name in debian.RECIPES:
-            raise AlreadyExists(
-                f"{name} is the name of a recipe.", hint="Give the image another one with --name."
-            )
-        args = {"reference": str(wanted), "name": name}
-        kind, lane = request.method, f"image:{name}"
-        joined = asking.under_way(self.log, kind, lane)
-        if joined is not None and queries.whole_op(self.log, joined).args == args:
-            return asking.reply(self.log, joined) | {"name": name}
-        asked = self._pipelines[kind].request(lane=lane, args=args, name=name)
-        return {"op": self.log.request(asking.stamped(asked, request)), "name": name}
-
-    def _from_files(
-        self, request: p.ImageRegister | p.ImagePromote | p.ImageInstall | p.KernelInstall | p.KernelImport
-    ) -> dict[str, Any]:
-        """Ask for an image or kernel that is made from files, under a name that no recipe has."""
-        kind = request.method.partition(".")[0]
-        name = check_artifact_name(request.name, kind)
-        if name in _recipes(kind):
-            raise AlreadyExists(f"{name} is the name of a recipe.", hint="Give it another name.")
-        args = {key: value for key, value in msgspec.to_builtins(request).items() if key != "key"}
-        lane = f"{kind}:{name}"
-        asked = self._pipelines[request.method].request(lane=lane, args=args, name=name)
-        return {"op": self.log.request(asking.stamped(asked, request)), "name": name}
-
-    def _prune(self, request: p.CachePrune) -> dict[str, Any]:
-        asked = self._pipelines[request.method].request(lane="cache", args={"dry_run": request.dry_run})
-        return {"op": self.log.request(asked)}
-
-    def _delete(self, kind: str, name: str) -> dict[str, Any]:
-        artifacts.deletable(self.log, kind, name)
-        pipeline: Pipeline = self._pipelines[f"{kind}.delete"]
-        asked = pipeline.request(lane=f"{kind}:{name}", args={"kind": kind, "name": name}, name=name)
-        return {"op": self.log.request(asked)}
-
-
-def _source(known: queries.ArtifactSummary | None) -> str | None:
-    """Say where an artifact came from that no recipe makes."""
-    details = known.details if known else {}
-    return next((str(details[key]) for key in ("reference", "bundle", "file") if key in details), None)
-
 
 def _needs(spec: VmSpec, *, make: bool, start: bool) -> Needs:
     """Say what must be free on the host before a VM is made, started, or both."""
@@ -384,10 +277,6 @@ def _needs(spec: VmSpec, *, make: bool, start: bool) -> Needs:
         vcpu=spec.vcpu if start else 0,
         disk_mib=FRESH_DISK_MIB if make else 0,
     )
-
-
-def _recipes(kind: str) -> dict[str, Any]:
-    return dict(debian.RECIPES if kind == "image" else kernels.RECIPES)
 
 
 def _within(what: str, value: int, least: int, most: int, unit: str = "") -> None:
