@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import sqlite3
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -20,9 +19,10 @@ import msgspec
 from banger.config import Dirs
 from banger.errors import BangerError, InvalidRequest, LogDamaged, NotFound
 from banger.events import vocabulary as ev
+from banger.events.database import only_read
 from banger.events.fold import Op, Vm, fold_op, fold_vm
 from banger.events.log import COLUMNS, decode
-from banger.events.queries import OpSummary
+from banger.events.queries import OpSummary, op_word
 from banger.events.redact import Redactor
 from banger.events.vocabulary import Recorded
 
@@ -94,33 +94,18 @@ class _Rows:
 
 @contextlib.contextmanager
 def _opened(database: Path) -> Iterator[_Rows]:
-    if not database.exists():
-        raise NotFound(f"There is no event log at {database}.", hint="It is made by the first command.")
-    try:
-        opened = sqlite3.connect(f"{database.absolute().as_uri()}?{_how(database)}", uri=True)
-    except sqlite3.DatabaseError as error:
-        raise LogDamaged(f"{database} cannot be opened: {error}.") from error
-    with contextlib.closing(opened) as db:
+    with contextlib.ExitStack() as stack:
+        try:
+            db = stack.enter_context(only_read(database))
+        except sqlite3.DatabaseError as error:
+            raise LogDamaged(f"{database} cannot be opened: {error}.") from error
         db.execute("BEGIN")  # one moment of a log that may be in use
         yield _Rows(db)
 
 
-def _how(database: Path) -> str:
-    """Give the options that open a log to be read only.
-
-    A WAL database needs a `-shm` file beside it, also for reading. On a read-only medium there can be
-    none; without a `-wal` file none is needed, and `immutable` says so (sqlite.org/wal.html, section 5).
-    """
-    writable = os.access(database.parent, os.W_OK)
-    wal = database.with_name(f"{database.name}-wal")
-    return "mode=ro" if writable or wal.exists() else "mode=ro&immutable=1"
-
-
 def _find(rows: _Rows, short: str) -> str:
     """Do what `queries.find_op` does, without the projections."""
-    word = short.removeprefix("op-").lower()
-    if not word or not word.isalnum():
-        raise InvalidRequest(f"{short!r} is not an operation id.", hint="`banger ops list` shows them.")
+    word = op_word(short)
     if rows.where("stream = ? AND version = 1", f"op-{word}"):
         return f"op-{word}"
     # The inner question is answered from the index on (stream, version), without the rows.

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import sqlite3
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 from peewee import DatabaseError, SqliteDatabase
 
-from banger.errors import LogDamaged, LogTooNew
+from banger.errors import LogDamaged, LogTooNew, NotFound
 from banger.events import tables
 from banger.events import vocabulary as ev
 
@@ -18,13 +20,33 @@ WATCHED = tuple(tables.name(table) for table in tables.PROJECTIONS)
 _SMALL = tuple(name for name in WATCHED if name != "op")  # no row of it is ever deleted, so it grows
 
 
+def read_only_uri(path: Path) -> str:
+    """Give the URI that opens a log to be read only: it is neither made nor changed.
+
+    A WAL database needs a `-shm` file beside it, also for reading. On a read-only medium there can be
+    none; without a `-wal` file none is needed, and `immutable` says so (sqlite.org/wal.html, section 5).
+    """
+    writable = os.access(path.parent, os.W_OK)
+    wal = path.with_name(f"{path.name}-wal")
+    return f"{path.absolute().as_uri()}?mode=ro{'' if writable or wal.exists() else '&immutable=1'}"
+
+
+@contextlib.contextmanager
+def only_read(path: Path) -> Iterator[sqlite3.Connection]:
+    """Open a log that may be in use, or damaged, to read it past its projections. Raises NotFound."""
+    if not path.exists():
+        raise NotFound(f"There is no event log at {path}.", hint="It is made by the first command.")
+    with contextlib.closing(sqlite3.connect(read_only_uri(path), uri=True)) as db:
+        yield db
+
+
 def connect(path: Path, *, read_only: bool) -> SqliteDatabase:
     """Open the database; one that is only read is neither made nor changed.
 
     Raises LogDamaged when the file is no database.
     """
     if read_only:
-        database = SqliteDatabase(f"file:{path}?mode=ro", uri=True)
+        database = SqliteDatabase(read_only_uri(path), uri=True)
     else:
         pragmas = {"journal_mode": "wal", "synchronous": "normal", "busy_timeout": 10_000}
         database = SqliteDatabase(str(path), pragmas=pragmas)
@@ -97,13 +119,10 @@ def watch(db: sqlite3.Connection) -> None:
             )
 
 
-def missing(db: sqlite3.Connection, names: Iterable[str] = WATCHED) -> list[str]:
-    """Name the projections that have another number of rows than banger's connections left there."""
-    asked = list(names)
-    differences = db.execute(f"SELECT {_differences(asked)} FROM head").fetchone()  # noqa: S608  our own names
-    if differences is None:
-        return asked
-    return [name for name, difference in zip(asked, differences, strict=True) if difference]
+def missing(db: sqlite3.Connection) -> bool:
+    """Tell whether a projection has another number of rows than banger's connections left there."""
+    differences = db.execute(f"SELECT {_differences(WATCHED)} FROM head").fetchone()  # noqa: S608  our own names
+    return differences is None or any(differences)
 
 
 def _differences(names: Iterable[str]) -> str:

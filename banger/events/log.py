@@ -251,10 +251,10 @@ class EventLog:
         with self.transaction() as tx:
             if tx.mend():
                 return True
-            if not database.missing(self.db):
-                return False
-            tx.rebuild()
-            return True
+            lost = database.missing(self.db)
+            if lost:
+                tx.rebuild()
+            return lost
 
     def request(self, event: ev.OpRequested, *also: tuple[str, Event]) -> str:
         """Record a request and return its new op id; `also` is appended in the same transaction."""

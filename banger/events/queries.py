@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +11,7 @@ import msgspec
 
 from banger.errors import InvalidRequest, NotFound
 from banger.events import vocabulary as ev
+from banger.events.database import only_read
 from banger.events.fold import Op, Vm, fold_op
 from banger.events.log import EventLog
 from banger.events.projections import vm_decoder
@@ -82,10 +81,14 @@ def _summary(row: Any) -> OpSummary:
     )
 
 
+def _one_op(log: EventLog, query: Any) -> OpSummary | None:
+    row = _one(log, query)
+    return None if row is None else _summary(row)
+
+
 def op(log: EventLog, op_id: str) -> OpSummary | None:
     """Find one operation by its whole id."""
-    row = _one(log, OpRow.select().where(OpRow.op == op_id))
-    return None if row is None else _summary(row)
+    return _one_op(log, OpRow.select().where(OpRow.op == op_id))
 
 
 def whole_op(log: EventLog, op_id: str) -> Op:
@@ -101,14 +104,20 @@ def spec_asked(log: EventLog, op_id: str) -> VmSpec:
     return next(event.spec for event in events if isinstance(event, ev.VmReserved))
 
 
+def op_word(short: str) -> str:
+    """Give an id's own part, with or without `op-` before it. Raises InvalidRequest when it is none."""
+    word = short.removeprefix("op-").lower()
+    if not word or not word.isalnum():
+        raise InvalidRequest(f"{short!r} is not an operation id.", hint="`banger ops list` shows them.")
+    return word
+
+
 def find_op(log: EventLog, short: str) -> OpSummary:
     """Find one operation by its id or a unique beginning or end of it, with or without `op-`.
 
     Raises NotFound, or InvalidRequest when several fit.
     """
-    word = short.removeprefix("op-").lower()
-    if not word or not word.isalnum():
-        raise InvalidRequest(f"{short!r} is not an operation id.", hint="`banger ops list` shows them.")
+    word = op_word(short)
     fits = OpRow.op.startswith(f"op-{word}") | OpRow.op.endswith(word)
     rows = list(OpRow.select().where(fits).limit(3).execute(log.peewee))
     if not rows:
@@ -162,8 +171,7 @@ def last_in_lane(log: EventLog, lane: str) -> OpSummary | None:
         .where((WorkRow.lane == lane) & (WorkRow.cancel == 0))
         .order_by(WorkRow.seq.desc())
     )
-    row = _one(log, query)
-    return None if row is None else _summary(row)
+    return _one_op(log, query)
 
 
 def ahead_of(log: EventLog, op_id: str) -> OpSummary | None:
@@ -173,8 +181,7 @@ def ahead_of(log: EventLog, op_id: str) -> OpSummary | None:
         return None
     before = (WorkRow.lane == mine.lane) & (WorkRow.seq < mine.seq)
     query = OpRow.select().join(WorkRow, on=(WorkRow.op == OpRow.op)).where(before).order_by(WorkRow.seq)
-    row = _one(log, query)
-    return None if row is None else _summary(row)
+    return _one_op(log, query)
 
 
 def stuck_vms(log: EventLog) -> dict[str, str]:
@@ -224,7 +231,7 @@ def stuck_in(database: Path) -> list[tuple[str, str, str | None]]:
     """List them as (op, kind, name) from a database that is only read; empty where there is none."""
     if not database.exists():
         return []
-    with contextlib.closing(sqlite3.connect(f"file:{database}?mode=ro", uri=True)) as db:
+    with only_read(database) as db:
         return db.execute(
             "SELECT op, kind, name FROM op WHERE fate = 'stuck' AND (vm IS NULL OR vm IN (SELECT vm FROM vm))"
             " ORDER BY seq"

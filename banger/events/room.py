@@ -52,28 +52,29 @@ class _First(NamedTuple):
     disk_mib: int
 
 
-def fits(log: EventLog, capacity: Capacity | None) -> str | None:
-    """Give the operation that is the first to need room, if there is room for it."""
+class Look(NamedTuple):
+    """What there is room for: the first operation that needs some, if it `fits`, else what it lacks."""
+
+    fits: str | None
+    lacking: str | None
+
+
+def look(log: EventLog, capacity: Capacity | None) -> Look:
+    """Look whether there is room for the operation that is the first to need some."""
     first = _first(log)
-    return None if first is None or _lacking(log, first, capacity) else first.op
+    lacking = None if first is None else _lacking(log, first, capacity)
+    return Look(None if first is None or lacking else first.op, lacking)
 
 
-def untold(log: EventLog, capacity: Capacity | None) -> list[str]:
+def untold(log: EventLog, lacking: str | None) -> list[str]:
     """List the operations that wait for room and have not been told so."""
-    reason = _reason(log, capacity)
-    return [op for (op,) in log.db.execute(_UNTOLD, {"reason": reason})] if reason else []
+    return [op for (op,) in log.db.execute(_UNTOLD, {"reason": lacking})] if lacking else []
 
 
-def tell_why(tx: Tx, capacity: Capacity | None) -> None:
+def tell_why(tx: Tx, lacking: str | None) -> None:
     """Tell every operation that waits for room why: what the first one lacks, all lack."""
-    reason = _reason(tx.log, capacity)
-    for op in untold(tx.log, capacity):
-        tx.append(op, ev.OpWaiting(reason=reason or ""), op=op)
-
-
-def _reason(log: EventLog, capacity: Capacity | None) -> str | None:
-    first = _first(log)
-    return None if first is None else _lacking(log, first, capacity)
+    for op in untold(tx.log, lacking):
+        tx.append(op, ev.OpWaiting(reason=lacking or ""), op=op)
 
 
 def _first(log: EventLog) -> _First | None:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import msgspec
 
 from banger.errors import InvalidRequest, LogDamaged, NotFound
-from banger.events.database import NO_HASH
+from banger.events.database import NO_HASH, only_read
 from banger.events.log import row_hash
 from banger.model import Value
 
@@ -119,7 +119,7 @@ def stored_rows(database: Path, after: int = 0) -> Iterator[Row]:
 
     Raises NotFound without a log, sqlite3.DatabaseError where the file is damaged.
     """
-    with _opened(database) as db:
+    with only_read(database) as db:
         yield from db.execute(
             f"SELECT {', '.join(COLUMNS)} FROM event WHERE seq > ? ORDER BY seq",  # noqa: S608  constants
             (after or -(1 << 63),),  # a row that was numbered below 1 is a bad one, too
@@ -131,18 +131,10 @@ def stored_end(database: Path) -> End | None:
 
     To be read before the rows: a log that is in use grows meanwhile. Raises NotFound without a log.
     """
-    with _opened(database) as db, contextlib.suppress(sqlite3.DatabaseError):
+    with only_read(database) as db, contextlib.suppress(sqlite3.DatabaseError):
         found = db.execute("SELECT seq, hash FROM head").fetchone()
         return None if found is None else End(*found)
     return None
-
-
-@contextlib.contextmanager
-def _opened(database: Path) -> Iterator[sqlite3.Connection]:
-    if not database.exists():
-        raise NotFound(f"There is no event log at {database}.", hint="It is made by the first command.")
-    with contextlib.closing(sqlite3.connect(f"file:{database}?mode=ro", uri=True)) as db:
-        yield db
 
 
 def export(rows: Iterable[Row], end: End | None = None) -> Iterator[str]:

@@ -40,11 +40,13 @@ def claim(log: EventLog, worker: Process, capacity: Capacity | None = None) -> C
 
     `capacity` bounds what may run at once; those that have to wait for room are told why, once.
     """
-    if not more(log, capacity) and not room.untold(log, capacity):
+    seen = room.look(log, capacity)
+    if _next(log, seen) is None and not room.untold(log, seen.lacking):
         return None  # an idle look takes no lock
     with log.transaction() as tx:
-        room.tell_why(tx, capacity)
-        found = _next(log, capacity)
+        seen = room.look(log, capacity)
+        room.tell_why(tx, seen.lacking)
+        found = _next(log, seen)
         if found is None:
             return None
         op, epoch = found[0], found[1] + 1
@@ -52,17 +54,18 @@ def claim(log: EventLog, worker: Process, capacity: Capacity | None = None) -> C
         return Claim(op, epoch)
 
 
-def _next(log: EventLog, capacity: Capacity | None) -> tuple[str, int] | None:
-    question = {"now": boot_us(), "far": room.FAR_US, "fits": room.fits(log, capacity)}
+def _next(log: EventLog, seen: room.Look) -> tuple[str, int] | None:
+    question = {"now": boot_us(), "far": room.FAR_US, "fits": seen.fits}
     found: tuple[str, int] | None = log.db.execute(_NEXT, question).fetchone()
     return found
 
 
 def tell_why(log: EventLog, capacity: Capacity) -> None:
     """Tell the operations that wait for room why: while all workers are busy, nobody else looks."""
-    if room.untold(log, capacity):
+    lacking = room.look(log, capacity).lacking
+    if room.untold(log, lacking):
         with log.transaction() as tx:
-            room.tell_why(tx, capacity)
+            room.tell_why(tx, lacking)
 
 
 def let_go(log: EventLog, worker: Process) -> None:
@@ -155,4 +158,4 @@ def nudge(log: EventLog) -> None:
 
 def more(log: EventLog, capacity: Capacity | None = None) -> bool:
     """Tell whether another operation may run at once."""
-    return _next(log, capacity) is not None
+    return _next(log, room.look(log, capacity)) is not None

@@ -72,8 +72,7 @@ class Operations:
 
     def _retry_undo(self, request: p.OpsRetryUndo) -> dict[str, Any]:
         op = self._stuck(request.op)
-        one_way = {step.name for step in self._pipelines[op.kind].steps if step.forward_only}
-        passed = next((step for step in op.steps if step.touched and step.name in one_way), None)
+        passed = self._pipelines[op.kind].no_return(op)
         if passed is not None:
             raise WrongState(
                 f"{op.id} cannot be undone: there is no way back after {passed.title!r}.",
@@ -99,9 +98,10 @@ class Operations:
         """Ask again for what an operation that left nothing was asked for."""
         op = queries.whole_op(self._log, op_id)
         if op.kind == "vm.create":
-            asked = next(r.event for r in self._log.read(op=op_id) if isinstance(r.event, ev.VmReserved))
             again = self._create(
-                asked.spec, start=bool(op.args.get("start", True)), reference=op.args.get("reference")
+                queries.spec_asked(self._log, op_id),
+                start=bool(op.args.get("start", True)),
+                reference=op.args.get("reference"),
             )
             return str(again["op"])
         if op.vm is not None and queries.vm(self._log, op.vm) is None:

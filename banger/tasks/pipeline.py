@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from banger.errors import BangerError
+from banger.events import fold
+from banger.events.fold import Op
 from banger.events.vocabulary import OpRequested
 from banger.model import Needs, Resource
 
@@ -64,6 +66,11 @@ class Pipeline:
             if step.name == name:
                 return step
         raise BangerError(f"This version of banger has no step {name!r} in {self.kind}.")
+
+    def no_return(self, op: Op) -> fold.Step | None:
+        """Give the step without a way back that an operation has come to, if it has."""
+        one_way = {step.name for step in self.steps if step.forward_only}
+        return next((step for step in op.steps if step.touched and step.name in one_way), None)
 
     def request(
         self,

@@ -13,16 +13,20 @@ EXTRA = "BANGER_PIPELINES"
 """Environment variable: modules whose PIPELINES are added (for benchmarks and crash tests)."""
 
 
+OWN = (
+    *vm.PIPELINES,
+    *artifacts.PIPELINES,
+    *pull.PIPELINES,
+    *local.PIPELINES,
+    *audit.PIPELINES,
+    *lost.PIPELINES,
+)
+"""The pipelines that banger itself has."""
+
+
 def pipelines() -> Mapping[str, Pipeline]:
     """Map each kind of operation to its pipeline."""
-    known = [
-        *vm.PIPELINES,
-        *artifacts.PIPELINES,
-        *pull.PIPELINES,
-        *local.PIPELINES,
-        *audit.PIPELINES,
-        *lost.PIPELINES,
-    ]
+    known = [*OWN]
     for module in filter(None, os.environ.get(EXTRA, "").split(",")):
         known.extend(importlib.import_module(module).PIPELINES)
     return {pipeline.kind: pipeline for pipeline in known}

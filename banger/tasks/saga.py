@@ -165,8 +165,7 @@ class Saga:
 
     def _past_return(self) -> bool:
         """Tell whether a step without a way back has been started."""
-        one_way = {step.name for step in self._pipeline().steps if step.forward_only}
-        return any(step.touched and step.name in one_way for step in self.op.steps)
+        return self._pipeline().no_return(self.op) is not None
 
     # -- doing -------------------------------------------------------------------------------
 

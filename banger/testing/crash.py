@@ -21,9 +21,9 @@ import msgspec
 
 from banger.errors import ProgramFailed
 from banger.model import Value
-from banger.tasks import artifacts, audit, vm
 from banger.tasks.context import Ctx
 from banger.tasks.pipeline import Pipeline, Step
+from banger.tasks.registry import OWN
 
 DIRECTORY = "BANGER_TRAPS"
 Point = Literal["before", "inside", "after"]
@@ -136,5 +136,5 @@ def _with_traps(kind: str, step: Step) -> Step:
 
 PIPELINES = tuple(
     Pipeline(pipeline.kind, tuple(_with_traps(pipeline.kind, step) for step in pipeline.steps))
-    for pipeline in (*vm.PIPELINES, *artifacts.PIPELINES, *audit.PIPELINES)
+    for pipeline in OWN
 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -13,6 +13,9 @@ from banger_cli.commands import Branch, Leaf, key_option, op_line, wait_options
 from banger_cli.follow import wait
 from banger_cli.interrupt import Interruption
 from banger_cli.output import Out, shortened
+
+if TYPE_CHECKING:
+    from banger.images.catalog import Catalog
 
 Json = dict[str, Any]
 
@@ -76,15 +79,30 @@ def _lister(kind: str) -> click.Command:
     return lister
 
 
-def _list_available(out: Out, kind: str) -> None:
-    import msgspec
-
+def catalogs(out: Out) -> Catalog:
+    """Read all catalogs, and say which could not be had."""
     from banger import config
     from banger.images import catalog
 
     found = catalog.read(config.load(config.find_dirs()).catalogs)
     for warning in found.warnings:
         out.note(f"banger: {warning}")
+    return found
+
+
+def ended(out: Out, reply: Json, waits: bool, on_interrupt: str | None, words: str) -> None:
+    """Show the operation that a request became, or wait for it and say in words what came of it."""
+    if not waits:
+        out.show(reply, [op_line(reply)])
+        return
+    result = wait(reply["op"], out, Interruption.of(out.screen, on_interrupt, reply))
+    out.show({**reply, **result}, [f"{words} in {layout.seconds(result['seconds'])}"])
+
+
+def _list_available(out: Out, kind: str) -> None:
+    import msgspec
+
+    found = catalogs(out)
     entries = [entry for entry in found.entries if entry.kind == kind]
     rows = [(entry.name, type(entry.source).__name__.lower(), entry.catalog) for entry in entries]
     document = {f"{kind}s": msgspec.to_builtins(entries)}
@@ -131,11 +149,7 @@ def _maker(kind: str, verb: str, sentence: str, done: str) -> click.Command:
     @click.pass_obj
     def maker(out: Out, name: str, waits: bool, on_interrupt: str | None, key: str | None) -> None:
         reply = wire.call(f"{kind}.{verb}", key=key, **{kind: name})
-        if not waits:
-            out.show(reply, [op_line(reply)])
-            return
-        result = wait(reply["op"], out, Interruption.of(out.screen, on_interrupt, reply))
-        out.show({**reply, **result}, [f"{name} is {done} in {layout.seconds(result['seconds'])}"])
+        ended(out, reply, waits, on_interrupt, f"{name} is {done}")
 
     return maker
 

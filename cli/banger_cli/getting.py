@@ -10,9 +10,9 @@ import click
 
 from banger import layout
 from banger_cli import wire
-from banger_cli.commands import Branch, Leaf, key_option, op_line, wait_options
+from banger_cli.artifacts import catalogs, ended
+from banger_cli.commands import Branch, Leaf, key_option, wait_options
 from banger_cli.follow import wait
-from banger_cli.interrupt import Interruption
 from banger_cli.output import Out
 
 Json = dict[str, Any]
@@ -25,26 +25,11 @@ cache = Branch(
 )
 
 
-def _ended(out: Out, reply: Json, waits: bool, on_interrupt: str | None, words: str) -> None:
-    """Show the operation, or wait for it and say what came of it."""
-    if not waits:
-        out.show(reply, [op_line(reply)])
-        return
-    result = wait(reply["op"], out, Interruption.of(out.screen, on_interrupt, reply))
-    out.show({**reply, **result}, [f"{reply['name']} {words} in {layout.seconds(result['seconds'])}"])
-
-
 def _entry(out: Out, kind: str, name: str) -> Json:
-    """Find a name in the catalogs, and ask for what they say it is."""
+    """Find a name in the catalogs, and what they say it is."""
     import msgspec
 
-    from banger import config
-    from banger.images import catalog
-
-    found = catalog.read(config.load(config.find_dirs()).catalogs)
-    for warning in found.warnings:
-        out.note(f"banger: {warning}")
-    source: Json = msgspec.to_builtins(found.find(kind, name).source)  # type: ignore[arg-type]  # image or kernel
+    source: Json = msgspec.to_builtins(catalogs(out).find(kind, name).source)  # type: ignore[arg-type]  # image or kernel
     return source
 
 
@@ -84,7 +69,7 @@ def pull_image(
         reply = wire.call("image.pull", reference=what, name=name, key=key)
     else:
         reply = _pull(out, "image", what, name, key)
-    _ended(out, reply, waits, on_interrupt, "is here")
+    ended(out, reply, waits, on_interrupt, f"{reply['name']} is here")
 
 
 @click.command(
@@ -96,7 +81,8 @@ def pull_image(
 @click.pass_obj
 def pull_kernel(out: Out, what: str, waits: bool, on_interrupt: str | None, key: str | None) -> None:
     """Fetch a kernel that a catalog has under a name, with its initrd."""
-    _ended(out, _pull(out, "kernel", what, None, key), waits, on_interrupt, "is here")
+    reply = _pull(out, "kernel", what, None, key)
+    ended(out, reply, waits, on_interrupt, f"{reply['name']} is here")
 
 
 @click.command("register", cls=Leaf, epilog="""\
@@ -116,7 +102,7 @@ def register(out: Out, name: str, file: Path, waits: bool, on_interrupt: str | N
     It must stay as it is: VMs share it, and do not start when it has changed.
     """
     reply = wire.call("image.register", name=name, file=str(file.absolute()), key=key)
-    _ended(out, reply, waits, on_interrupt, "is registered")
+    ended(out, reply, waits, on_interrupt, f"{reply['name']} is registered")
 
 
 @click.command("promote", cls=Leaf, epilog="Examples:\n  banger image promote mine")
@@ -127,7 +113,7 @@ def register(out: Out, name: str, file: Path, waits: bool, on_interrupt: str | N
 def promote(out: Out, name: str, waits: bool, on_interrupt: str | None, key: str | None) -> None:
     """Copy the file of a registered image into the cache, so that the file may change or go."""
     reply = wire.call("image.promote", name=name, key=key)
-    _ended(out, reply, waits, on_interrupt, "has a copy of its own")
+    ended(out, reply, waits, on_interrupt, f"{reply['name']} has a copy of its own")
 
 
 @click.command("import", cls=Leaf, epilog="""\
@@ -157,7 +143,7 @@ def import_kernel(
     files = {"initrd": initrd, "modules": modules}
     given = {word: str(path.absolute()) for word, path in files.items() if path is not None}
     reply = wire.call("kernel.import", name=name, kernel=str(kernel.absolute()), key=key, **given)
-    _ended(out, reply, waits, on_interrupt, "is here")
+    ended(out, reply, waits, on_interrupt, f"{reply['name']} is here")
 
 
 @click.command("prune", cls=Leaf, epilog="""\
