@@ -13,7 +13,7 @@ import msgspec
 
 from banger.events import vocabulary as ev
 from banger.events.vocabulary import Recorded
-from banger.model import Process, Resource, VmSpec
+from banger.model import Needs, Process, Resource, VmSpec
 
 StepState = Literal["pending", "started", "done", "failed", "undone"]
 
@@ -48,6 +48,7 @@ class Op(msgspec.Struct, kw_only=True):
     vm: str | None
     name: str | None
     parent: str | None
+    needs: Needs | None
     steps: list[Step]
     requested_us: int
     state: Literal["waiting", "running", "undoing", "ended"] = "waiting"
@@ -121,6 +122,7 @@ def _requested(row: Recorded, event: ev.OpRequested) -> Op:
         vm=event.vm,
         name=event.name,
         parent=event.parent,
+        needs=event.needs,
         steps=[Step(name=name, title=title) for name, title in zip(event.steps, event.titles, strict=True)],
         requested_us=row.time_us,
         started_boot_us=row.boot_us,

@@ -89,7 +89,7 @@ class Artifacts:
         if joined is not None:
             return asking.reply(self.log, joined)
         asked = self._pipelines[kind].request(lane=lane, args={"name": name}, name=name)
-        return {"op": self.log.request(asking.stamped(asked, request))}
+        return {"op": self.log.request(asking.stamped(asked, request)), "name": name}
 
     def _pull(self, request: p.ImagePull) -> dict[str, Any]:
         wanted = references.parse(request.reference, self.config.registry)
@@ -102,7 +102,7 @@ class Artifacts:
         kind, lane = request.method, f"image:{name}"
         joined = asking.under_way(self.log, kind, lane)
         if joined is not None and queries.whole_op(self.log, joined).args == args:
-            return asking.reply(self.log, joined) | {"name": name}
+            return asking.reply(self.log, joined)
         asked = self._pipelines[kind].request(lane=lane, args=args, name=name)
         return {"op": self.log.request(asking.stamped(asked, request)), "name": name}
 

@@ -68,8 +68,7 @@ def reply(log: EventLog, op_id: str) -> dict[str, Any]:
     """Answer with an operation that was asked for before."""
     op = queries.whole_op(log, op_id)
     answer: dict[str, Any] = {"op": op.id, "joined": True}
-    if op.vm is not None:
-        answer |= {"vm": op.vm, "name": op.name}
+    answer |= {key: value for key, value in (("vm", op.vm), ("name", op.name)) if value is not None}
     if op.kind == "vm.create":
         answer["spec"] = msgspec.to_builtins(queries.spec_asked(log, op.id))
     return answer

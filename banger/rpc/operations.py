@@ -106,7 +106,9 @@ class Operations:
             return str(again["op"])
         if op.vm is not None and queries.vm(self._log, op.vm) is None:
             raise NotFound(f"The VM {op.name} is no more.", op=op_id)
-        asked_for = self._pipelines[op.kind].request(lane=op.lane, args=op.args, vm=op.vm, name=op.name)
+        asked_for = self._pipelines[op.kind].request(
+            lane=op.lane, args=op.args, vm=op.vm, name=op.name, needs=op.needs
+        )
         return self._log.request(asked_for)
 
     def _abandon(self, request: p.OpsAbandon) -> dict[str, Any]:

@@ -290,7 +290,7 @@ class ImageShow(Request):
 
 
 class ImageBuild(Request):
-    """Build an image from its recipe -> {op}."""
+    """Build an image from its recipe -> {op, name}."""
 
     method = "image.build"
     image: str
@@ -380,7 +380,7 @@ class KernelShow(Request):
 
 
 class KernelPull(Request):
-    """Fetch a kernel -> {op}."""
+    """Fetch a kernel -> {op, name}."""
 
     method = "kernel.pull"
     kernel: str

@@ -118,3 +118,32 @@ def test_two_builds_of_an_image_are_one(service: Service, log: EventLog) -> None
     first = service.answer(p.ImageBuild(image="debian-12"))
     work.claim(log, proc.me())
     assert service.answer(p.ImageBuild(image="debian-12")) == {**first, "joined": True}
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        p.ImagePull(reference="127.0.0.1:5000/app:1", key="k"),
+        p.ImageRegister(name="mine", file="/srv/root.ext4", key="k"),
+        p.ImageBuild(image="debian-12", key="k"),
+    ],
+    ids=lambda asked: asked.method,
+)
+def test_a_repeated_request_is_answered_as_the_first(service: Service, asked: p.Request) -> None:
+    """Whatever was asked for, the answer with the same key has all that the first one had."""
+    first = service.answer(asked)
+    assert first["name"]
+    assert service.answer(asked) == first | {"joined": True}
+
+
+def test_what_is_asked_for_anew_needs_the_same_room(service: Service, log: EventLog) -> None:
+    """`ops retry` of a start that was undone waits for memory as the first one did."""
+    stopped(service)
+    op = service.answer(p.VmStart(vm="web"))["op"]
+    with log.transaction() as tx:
+        tx.append(op, ev.OpEnded(fate="undone"), op=op)
+    again = service.answer(p.OpsRetry(op=op))["op"]
+    first, second = queries.whole_op(log, op).needs, queries.whole_op(log, again).needs
+    assert first is not None
+    assert first.memory_mib > 0
+    assert second == first
