@@ -12,6 +12,7 @@ from pathlib import Path
 from banger.config import VmPaths
 from banger.events.log import EventLog
 from banger.guest import agent, initrd, keys, ssh
+from banger.images import base as base_file
 from banger.images import debian, kernel
 from banger.network import user
 from banger.storage import ext4
@@ -120,7 +121,7 @@ def _machine(home: Home, paths: VmPaths) -> Machine:
         initrd=paths.initrd,
         words=initrd.KERNEL_WORDS,
         disks=(
-            Disk(serial="base", path=debian.rootfs_path(debian.build(images, dirs.cache)), read_only=True),
+            Disk(serial="base", path=base_file.path_of(debian.build(images, dirs.cache)), read_only=True),
             Disk(serial="up", path=paths.overlay),
             Disk(serial="work", path=paths.work),
         ),

@@ -82,11 +82,6 @@ def build(
     return store.build(cache, "image", recipe.name, recipe.digest, make, cancelled)
 
 
-def rootfs_path(image: Artifact) -> Path:
-    """Give the image's root file system: shared read-only by every VM."""
-    return base.path_of(image)
-
-
 def _installed(archive: Path) -> list[str]:
     """List the packages in a root file system as `name=version` (dpkg's status file, deb822)."""
     with tarfile.open(archive) as tar:

@@ -11,7 +11,7 @@ import pytest
 
 from banger import config, proc
 from banger.guest import agent, initrd, keys, ssh
-from banger.images import debian
+from banger.images import base, debian
 from banger.images import kernel as kernels
 from banger.model import Process
 from banger.network import user
@@ -124,7 +124,7 @@ def boot(dirs: config.Dirs) -> Iterator[Boot]:
 
         def one(root: Path | None = None, hostname: str = "web") -> Guest:
             if root is None:
-                root = debian.rootfs_path(debian.build(debian.RECIPES[NAME], dirs.cache))
+                root = base.path_of(debian.build(debian.RECIPES[NAME], dirs.cache))
             guest = Guest(dirs, f"vm-{hostname}", root, hostname)
             guests.callback(guest.close)
             guest.start()

@@ -36,7 +36,7 @@ def test_a_bundled_kernel_without_an_initrd_boots_a_registered_image(
     imported = local.import_kernel(made / "vmlinuz", "mine", cache, modules=made / "modules")
     assert (imported.path / kernels.INITRD).read_bytes() == (kernel.path / kernels.INITRD).read_bytes()
 
-    image = local.register(debian.rootfs_path(debian.build(debian.RECIPES[NAME], dirs.cache)), "mine", cache)
+    image = local.register(base.path_of(debian.build(debian.RECIPES[NAME], dirs.cache)), "mine", cache)
     monkeypatch.setattr(kernels, "build", lambda *_, **__: kernel)
     guest = boot(root=base.path_of(image))
     assert guest.run("uname -r").stdout.strip() == kernel.details["version"]

@@ -139,7 +139,7 @@ def test_a_guest_sees_what_the_archive_says(
     boot: Boot, dirs: config.Dirs, tmp_path: Path, form: base.Format
 ) -> None:
     """Owner, mode, size, link, device and attributes of every entry of a Debian are as in its archive."""
-    default = debian.rootfs_path(debian.build(debian.RECIPES[NAME], dirs.cache))
+    default = base.path_of(debian.build(debian.RECIPES[NAME], dirs.cache))
     tar = archive_of(default, tmp_path / "root.tar")
     guest = boot(roots.publish(tar, tmp_path / "cache", form))
     wanted = expected(tar)
