@@ -198,6 +198,20 @@ class PortTaken(OperationFailed):
     default_hint = "Run it again: another port will be chosen."
 
 
+class HelperDown(OperationFailed):
+    """The root helper does not answer."""
+
+    code = "helper-down"
+    retry = True
+    default_hint = "`banger doctor` tells whether it runs; without it, `network = \"user\"` needs no root."
+
+
+class Refused(OperationFailed):
+    """The root helper refused the request."""
+
+    code = "refused"
+
+
 class GuestUnreachable(BangerError):
     """The guest does not answer over SSH."""
 

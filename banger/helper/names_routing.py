@@ -1,0 +1,34 @@
+"""Root's verb about names: which resolver knows those below `vm`."""
+
+from __future__ import annotations
+
+from banger.errors import OperationFailed, Refused
+from banger.helper.host import Host
+from banger.helper.ledger import Ledger
+from banger.helper.requests import NamesRoute
+from banger.helper.verbs import Call, Facts, Verb
+
+
+def route(host: Host, ledger: Ledger, call: Call, ask: NamesRoute) -> Facts:
+    """Make it so that names below `vm` are asked of the caller's daemon, where systemd-resolved runs.
+
+    It is a convenience: a resolver that does not do it is told of in the answer, and no failure.
+    """
+    bridge = ledger.get("bridge", ask.bridge)
+    if bridge is None or bridge.uid != call.caller.uid:
+        raise Refused(f"The bridge {ask.bridge} is not yours.")
+    if not host.resolver.running():
+        return {"routed": False, "why": "systemd-resolved does not run"}
+    try:
+        host.resolver.route(ask.bridge, ask.port)
+    except OperationFailed as error:
+        return {"routed": False, "why": error.message}
+    return {"routed": True}
+
+
+def listing(_: Host, __: Ledger, ___: int) -> list[dict[str, str]]:
+    """List nothing: what is routed goes with its bridge."""
+    return []
+
+
+VERBS = (Verb(ask=NamesRoute, run=route),)
