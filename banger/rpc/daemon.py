@@ -27,7 +27,7 @@ from banger.errors import BangerError, LogDamaged, TimedOut
 from banger.events import work
 from banger.events.log import EventLog
 from banger.guest.connections import Connections
-from banger.rpc import health
+from banger.rpc import dns, health
 from banger.rpc.server import Server
 from banger.rpc.service import Service
 from banger.rpc.tail import Tail
@@ -62,6 +62,7 @@ class Daemon:
     def __init__(self, dirs: config.Dirs, settings: config.Config, *, read_only: bool):
         self.stopping = asyncio.Event()
         self._dirs = dirs
+        self._settings = settings
         self._capacity = config.capacity(settings, dirs)
         self._log = EventLog(dirs.database, dirs.work_bell, dirs.event_bell, "daemon", read_only=read_only)
         self._service = Service(
@@ -80,6 +81,7 @@ class Daemon:
             self._keep_house()
         server = Server(self._service, self._tail, self._connections, self._tethers)
         listening = await server.listen(self._dirs.socket)
+        names = await dns.start(self._log, self._settings)
         tasks = [asyncio.create_task(self._tail.run())]
         if writes:
             self._service.recover_lost()
@@ -99,6 +101,8 @@ class Daemon:
         self._tethers.stopping = True
         self._dirs.socket.unlink(missing_ok=True)
         listening.close()
+        if names is not None:
+            names.close()
         for task in tasks:
             task.cancel()
         await asyncio.wait(tasks, timeout=STOP_S)
