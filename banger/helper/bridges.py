@@ -21,6 +21,9 @@ GUARD = "guard:"
 """Stands before the bridge's name where a VM's id is in the mark of its rules; no VM's id has a colon."""
 
 GUARDS = (GuardFrom, GuardTo, GuardHost)
+MAX_BRIDGES = 8
+"""Of one owner: at most half a million of the 18 million private addresses, which are everybody's."""
+
 WIDEST = 8
 """Prefix length of the widest private network (RFC 1918)."""
 
@@ -30,6 +33,8 @@ def refuse(net: Net, ledger: Ledger, call: Call, name: str, network: IPv4Network
     row, link = ledger.get("bridge", name), net.link(name)
     if row is not None and row.uid != call.caller.uid:
         raise Refused(f"The bridge {name} is not yours.")
+    if row is None and len(ledger.of_kind("bridge", call.caller.uid)) >= MAX_BRIDGES:
+        raise Refused(f"You have {MAX_BRIDGES} bridges already, and no more are allowed.")
     if row is not None and row.facts["network"] != str(network):
         raise Refused(f"The bridge {name} has the network {row.facts['network']}.")
     if link is not None and not is_bridge_of(link, call.caller.uid, row):
@@ -50,7 +55,8 @@ def _refuse_overlap(net: Net, ledger: Ledger, name: str, own: Link | None, netwo
 def _networks(net: Net, own: Link | None) -> Iterable[IPv4Network]:
     """List the networks that the host knows by other interfaces than its own bridge.
 
-    A route wider than any private network is a default one: VPNs halve 0.0.0.0/0.
+    A route wider than any private network is a default one: VPNs halve 0.0.0.0/0. A server that is reached
+    by it and answers for names would be the owner's to imitate.
     """
     index = own.index if own else 0
     for located in net.addresses():
@@ -59,6 +65,7 @@ def _networks(net: Net, own: Link | None) -> Iterable[IPv4Network]:
     for route in net.routes():
         if route.link != index and route.network.prefixlen >= WIDEST:
             yield route.network
+    yield from map(IPv4Network, net.resolvers())
 
 
 def ensure(net: Net, ledger: Ledger, call: Call, name: str, network: IPv4Network) -> Link:

@@ -71,12 +71,15 @@ class KernelDevices:
         """Remove the device with this uuid, and its node; what is gone is no error."""
         if not uuid.startswith(UUID_PREFIX):
             raise Refused(f"The device {name} is not banger's.")
-        devices = self.devices()
+        devices, node = self.devices(), Path(MAPPER, name)
+        if any(device.name == name and device.uuid != uuid for device in devices):
+            return not any(device.uuid == uuid for device in devices) or _remove(uuid)
+        owner = give_node(node, 0)
         if any(device.uuid == uuid for device in devices) and not _remove(uuid):
+            give_node(node, owner)
             return False
-        if not any(device.name == name and device.uuid != uuid for device in devices):
-            # dmsetup may have been killed before it got to the node.
-            Path(MAPPER, name).unlink(missing_ok=True)
+        # dmsetup may have been killed before it got to the node.
+        node.unlink(missing_ok=True)
         return True
 
     def status(self, name: str) -> str:
@@ -128,6 +131,7 @@ def _open_node(path: Path, number: int) -> int:
     """Open a device's node, made anew when it is another's or none."""
     with contextlib.suppress(FileNotFoundError):
         if not _leads_to(path.lstat(), number):
+            give_node(path, 0)
             path.unlink()
     with contextlib.suppress(FileExistsError):
         os.mknod(path, stat.S_IFBLK | 0o600, number)
@@ -136,6 +140,23 @@ def _open_node(path: Path, number: int) -> int:
         os.close(node)
         raise ProgramFailed(f"{path} leads to another device.")
     return node
+
+
+def give_node(node: Path, uid: int) -> int:
+    """Give a node to a user, if it is there; tell whose it was.
+
+    Who holds on to a node of his (O_PATH of open(2)) can open it as long as it is his, also when its
+    number has become another device's.
+    """
+    with contextlib.suppress(FileNotFoundError):
+        directory = os.open(node.parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            owner = node.lstat().st_uid
+            os.chown(node.name, uid, -1, dir_fd=directory, follow_symlinks=False)
+            return owner
+        finally:
+            os.close(directory)
+    return 0
 
 
 def _leads_to(found: os.stat_result, number: int) -> bool:

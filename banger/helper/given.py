@@ -23,6 +23,16 @@ FILE_SYSTEMS = {
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
+def check_place(fd: int) -> None:
+    """Refuse what is on a file system that root does not rely on.
+
+    It may be the owner's own process that answers this, or does not. So it is asked before all else, by
+    whoever can wait.
+    """
+    if _file_system(fd) not in FILE_SYSTEMS:
+        raise Refused("A file that came with the request is on a file system that root does not rely on.")
+
+
 def check_file(fd: int, what: str) -> os.stat_result:
     """Give a file's attributes if it is regular, can be read, and is where root relies on; else refuse."""
     found = os.fstat(fd)
@@ -31,8 +41,7 @@ def check_file(fd: int, what: str) -> os.stat_result:
     flags = fcntl.fcntl(fd, fcntl.F_GETFL)
     if flags & os.O_PATH or flags & os.O_ACCMODE == os.O_WRONLY:
         raise Refused(f"The {what} is not open to be read.")
-    if _file_system(fd) not in FILE_SYSTEMS:
-        raise Refused(f"The {what} is on a file system that root does not rely on.")
+    check_place(fd)
     return found
 
 

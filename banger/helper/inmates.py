@@ -13,6 +13,7 @@ import os
 import re
 import select
 import signal
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -97,8 +98,18 @@ def _inmate(pid: int, jail: str, root: int) -> Inmate | None:
 
 
 def _is_jailer(pid: int, jail: str) -> bool:
+    """Tell whether a process of root's writes to the console of this jail.
+
+    Its owner can make a memory file of the same name, or has the console to read, and can start a program
+    as root with that (sudo(8)): neither is root's own and open to be written.
+    """
+    console = Path(f"/proc/{pid}/fd/1")
     try:
-        return is_console(str(Path(f"/proc/{pid}/fd/1").readlink()), jail)
+        return (
+            is_console(str(console.readlink()), jail)
+            and console.stat().st_uid == 0
+            and bool(console.lstat().st_mode & stat.S_IWUSR)  # how it is open: proc_pid_fd(5)
+        )
     except OSError:
         return False
 

@@ -141,15 +141,17 @@ def _check(host: Host, ledger: Ledger, call: Call, ask: JailLaunch) -> None:
     for fd in call.fds[len(PAYLOADS) :]:
         _check_disk(fd, call.caller.uid)
     for tap in ledger.of_vm(call.caller.uid, ask.vm, "tap"):
-        _check_tap(host, tap)
+        if not _is_there(host, tap):
+            raise Refused(f"The VM {tap.vm} has no tap any more.")
     if ask.snapshot:
         _check_snapshot(host, ledger, call.caller.uid, ask.vm)
 
 
-def _check_payload(name: str, fd: int) -> None:
+def _check_payload(name: str, fd: int) -> int:
     size = check_file(fd, name).st_size
     if not 0 < size <= MAX_PAYLOAD:
         raise Refused(f"The {name} has {size} bytes; 1 to {MAX_PAYLOAD} are allowed.")
+    return size
 
 
 def _check_disk(fd: int, uid: int) -> None:
@@ -183,11 +185,10 @@ def _check_snapshot(host: Host, ledger: Ledger, uid: int, vm: str) -> None:
         raise Refused(f"The VM {vm} has no dm-snapshot.")
 
 
-def _check_tap(host: Host, tap: Held) -> None:
+def _is_there(host: Host, tap: Held) -> bool:
     link = host.net.link(tap.name)
     mark = names.read_mark(link.alias) if link else None
-    if mark is None or (mark.uid, mark.vm) != (tap.uid, tap.vm):
-        raise Refused(f"The VM {tap.vm} has no tap any more.")
+    return mark is not None and (mark.uid, mark.vm) == (tap.uid, tap.vm)
 
 
 def _free_uid(host: Host, ledger: Ledger) -> int:
@@ -195,7 +196,7 @@ def _free_uid(host: Host, ledger: Ledger) -> int:
     used = {held.facts["uid"] for held in ledger.of_kind("jail")}
     others = host.jails.spoken_for()
     for uid in host.jails.uids:
-        if uid not in used and not any(uid in some for some in others):
+        if uid not in used and not any(uid in some for some in others) and not host.jails.is_known(uid):
             return uid
     raise HostLacks(
         "There is no free uid for a jail.",
@@ -214,7 +215,8 @@ def _furnish(host: Host, ledger: Ledger, call: Call, ask: JailLaunch) -> None:
     uid, mark = held.facts["uid"], str(names.Mark(call.caller.uid, ask.vm, call.op))
     host.jails.make(jail, mark)
     for name, fd in zip(PAYLOADS, call.fds, strict=False):
-        host.jails.put_file(jail, name, fd, os.fstat(fd).st_size, uid)
+        # Its owner may have made it longer since it was checked.
+        host.jails.put_file(jail, name, fd, _check_payload(name, fd), uid)
     for name, fd in zip(DISKS, call.fds[len(PAYLOADS) :], strict=False):
         read_only = is_read_only(fd)
         loop = storage.attach(host, ledger, call, ask.vm, name, fd, read_only=read_only)
@@ -267,10 +269,20 @@ def _clear(host: Host, ledger: Ledger, uid: int, vm: str) -> None:
     """Make it so that nothing of a VM's jail is left: first what runs in it, last the record of it."""
     jail = names.jail(uid, vm)
     _end(host, jail)
+    _take_tap_back(host, ledger, uid, vm)
     host.jails.remove(jail)
     for role in _roles(host, ledger, uid, vm):
         storage.detach(host, ledger, uid, vm, role)
     ledger.release("jail", jail)
+
+
+def _take_tap_back(host: Host, ledger: Ledger, uid: int, vm: str) -> None:
+    """Give the VM's tap to its owner again: the next jail that has the uid may be another owner's."""
+    if ledger.get("jail", names.jail(uid, vm)) is None:
+        return
+    for tap in ledger.of_vm(uid, vm, "tap"):
+        if _is_there(host, tap):
+            host.jails.give_tap(tap.name, uid)
 
 
 def _end(host: Host, jail: str) -> None:

@@ -20,7 +20,9 @@ import contextlib
 import ctypes
 import errno
 import fcntl
+import grp
 import os
+import pwd
 import re
 import socket
 import stat
@@ -85,6 +87,14 @@ class Jailer:
             *_accounts("/etc/subgid", 1, counted=True),
             *(range(uid, uid + 1) for uid in inmates.live_uids(self.uids)),
         ]
+
+    def is_known(self, uid: int) -> bool:
+        """See `Jails`. A directory service may give its users uids from 200,000 up (sssd-ldap(5))."""
+        for look in (pwd.getpwuid, grp.getgrgid):
+            with contextlib.suppress(KeyError):
+                look(uid)
+                return True
+        return False
 
     def jails(self) -> list[Jail]:
         """See `Jails`."""

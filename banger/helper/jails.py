@@ -72,6 +72,9 @@ class Jails(Protocol):
     def spoken_for(self) -> Sequence[range]:
         """List the uids and gids that others have, or may give away (subuid(5)), or that run something."""
 
+    def is_known(self, uid: int) -> bool:
+        """Tell whether any source of users or groups has this uid or gid, such as a directory service."""
+
     def jails(self) -> list[Jail]:
         """List the jails."""
 

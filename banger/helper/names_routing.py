@@ -15,10 +15,14 @@ def route(host: Host, ledger: Ledger, call: Call, ask: NamesRoute) -> Facts:
     It is a convenience: a resolver that does not do it is told of in the answer, and no failure.
     """
     bridge = ledger.get("bridge", ask.bridge)
-    if bridge is None or bridge.uid != call.caller.uid:
+    if bridge is None or bridge.uid != call.caller.uid or bridge.state != "held":
         raise Refused(f"The bridge {ask.bridge} is not yours.")
     if not host.resolver.running():
         return {"routed": False, "why": "systemd-resolved does not run"}
+    # The resolver asks all links that it has a name's domain for, and takes who answers first.
+    if any("names" in other.facts and other.uid != bridge.uid for other in ledger.of_kind("bridge")):
+        return {"routed": False, "why": "another owner's daemon is asked for them"}
+    ledger.hold("bridge", ask.bridge, names=ask.port)
     try:
         host.resolver.route(ask.bridge, ask.port)
     except OperationFailed as error:

@@ -121,6 +121,9 @@ class Net(Protocol):
     def routes(self) -> list[Route]:
         """List all IPv4 routes, of all tables; a default route is 0.0.0.0/0."""
 
+    def resolvers(self) -> list[IPv4Address]:
+        """List the servers that this host asks for names."""
+
     def default_egress(self) -> str | None:
         """Name the interface of the best default route of the main table, if there is one."""
 

@@ -34,6 +34,9 @@ TUNSETIFF, TUNSETPERSIST, TUNSETOWNER = 0x400454CA, 0x400454CB, 0x400454CC
 IFF_TAP, IFF_NO_PI, IFF_TUN_EXCL = 0x0002, 0x1000, 0x8000
 IFREQ = struct.Struct("16sH22x")
 
+RESOLV_CONF = ("/etc/resolv.conf", "/run/systemd/resolve/resolv.conf")
+MAX_RESOLV_CONF = 64 * 1024
+
 IFF_UP = 0x1
 RT_TABLE_MAIN = 254
 RTN_BROADCAST, RTN_MULTICAST = 3, 5
@@ -75,6 +78,10 @@ class KernelNet:
             for message in self._routes()
             if message["type"] not in (RTN_BROADCAST, RTN_MULTICAST)
         ]
+
+    def resolvers(self) -> list[IPv4Address]:
+        """List the servers that this host asks for names (resolv.conf(5)), also by systemd-resolved."""
+        return [address for path in RESOLV_CONF for address in _nameservers(path)]
 
     def default_egress(self) -> str | None:
         """Name the interface of the best default route of the main table, if there is one."""
@@ -199,6 +206,15 @@ def _opened(path: str, flags: int) -> Iterator[int]:
         yield fd
     finally:
         os.close(fd)
+
+
+def _nameservers(path: str) -> Iterator[IPv4Address]:
+    with contextlib.suppress(FileNotFoundError), _opened(path, os.O_RDONLY) as fd:
+        for line in os.read(fd, MAX_RESOLV_CONF).decode("ascii", "replace").splitlines():
+            with contextlib.suppress(ValueError):
+                match line.split():
+                    case ["nameserver", address, *_]:
+                        yield IPv4Address(address)
 
 
 def _link(message: Message) -> Link:

@@ -40,6 +40,9 @@ def ensure_tap(host: Host, ledger: Ledger, call: Call, ask: TapEnsure) -> Facts:
     """Make it so that the VM has a tap on the bridge; gives its name and index."""
     name, network = names.tap(call.caller.uid, ask.vm), IPv4Network(ask.network)
     _refuse_tap(host.net, ledger, call, ask, name)
+    if not any(network.subnet_of(allowed) for allowed in host.networks):
+        known = ", ".join(map(str, host.networks))
+        raise Refused(f"The network {network} is not within {known}, which root gives to bridges.")
     bridges.refuse(host.net, ledger, call, ask.bridge, network)
     row = ledger.intend("tap", name, call, ask.vm, bridge=ask.bridge)
     bridge = bridges.ensure(host.net, ledger, call, ask.bridge, network)

@@ -9,6 +9,7 @@ import sqlite3
 import threading
 import time
 import traceback
+from collections import defaultdict, deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,7 +17,7 @@ from typing import Any
 import msgspec
 
 from banger.errors import BangerError, DiskFull, HelperDown, InvalidRequest, Refused
-from banger.helper import store
+from banger.helper import given, store
 from banger.helper.flood import OTHERS, Flood
 from banger.helper.host import Host
 from banger.helper.ledger import Ledger
@@ -70,6 +71,7 @@ class Pool:
         self._lock = threading.Lock()
         self._jobs: dict[int, Job] = {}
         self._under_way: dict[tuple[int, str], Job] = {}
+        self._lines: defaultdict[int, deque[int]] = defaultdict(deque)
         self._numbers = itertools.count(1)
         self._owners = Flood(OWNERS_LINES_S)
         self._unread = Flood(UNREAD_LINES_S)
@@ -166,8 +168,19 @@ class Pool:
             self._jobs[number] = job
             if not verb.reads:
                 self._under_way[whose] = job
-        self._queue.put(number)
+            line = self._lines[entry.uid]
+            line.append(number)
+            if len(line) == 1:
+                self._queue.put(number)
         return job
+
+    def _next_of(self, uid: int) -> None:
+        """Queue an owner's next request: one at a time, so that nobody waits behind all of another's."""
+        with self._lock:
+            line = self._lines[uid]
+            line.popleft()
+            if line:
+                self._queue.put(line[0])
 
     def _repeated(self, entry: Entry, first: Answer) -> Answer:
         outcome: Outcome = "ok" if first.error is None else "failed"
@@ -214,6 +227,7 @@ class Pool:
         with self._lock:
             if not job.verb.reads:
                 del self._under_way[job.call.caller.uid, job.request.key]
+        self._next_of(job.call.caller.uid)
         job.ended.set()
 
     def _write_down(self, job: Job, answer: Answer, outcome: Outcome, seconds: float) -> int | None:
@@ -245,6 +259,8 @@ def _check_fds(verb: Verb, request: Request, packet: Packet) -> None:
     wanted = verb.fds(request.ask)
     if len(packet.fds) != wanted:
         raise InvalidRequest(f"The request brings {len(packet.fds)} descriptors, not {wanted}.")
+    for fd in packet.fds:
+        given.check_place(fd)
 
 
 def crash() -> None:

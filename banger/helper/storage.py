@@ -64,6 +64,9 @@ def ensure(host: Host, ledger: Ledger, call: Call, ask: SnapshotEnsure) -> Facts
 def remove(host: Host, ledger: Ledger, call: Call, ask: SnapshotRemove) -> Facts:
     """Make it so that the VM has no dm-snapshot and no loop device below one."""
     uid, name = call.caller.uid, names.device(call.caller.uid, ask.vm)
+    # A jail has a node of it, whose number the next device gets, which may be another owner's.
+    if ledger.get("jail", names.jail(uid, ask.vm)) is not None:
+        raise Refused("The VM has a jail: remove that first.")
     _remove_device(host.disks, uid, ask.vm)
     for role in (COW, BASE):
         detach(host, ledger, uid, ask.vm, role)

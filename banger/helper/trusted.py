@@ -5,9 +5,12 @@ from __future__ import annotations
 import contextlib
 import os
 import stat
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 
 from banger.errors import HostLacks
+
+MAX_LINKS = 40
+"""The kernel's own limit (path_resolution(7))."""
 
 _OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
 
@@ -38,6 +41,22 @@ def check_trusted(path: str) -> None:
     os.close(open_trusted(path))
 
 
+def check_trusted_file(path: str) -> None:
+    """Raise HostLacks unless only root could decide what the path leads to, if need be by symbolic links.
+
+    Each link must be in a directory that `check_trusted` takes; no directory may itself be a link.
+    """
+    for _ in range(MAX_LINKS):
+        above = PurePosixPath(path).parent
+        check_trusted(str(above))
+        target = _target(path)
+        if target is None:
+            check_trusted(path)
+            return
+        path = os.path.normpath(above / target)
+    raise HostLacks(f"{path} cannot be trusted: too many symbolic links lead to each other.")
+
+
 def make_private(path: str) -> int:
     """Open a directory of mode 0700 that nobody but root can enter, made when it is not there.
 
@@ -58,6 +77,14 @@ def make_private(path: str) -> int:
         os.close(held)
         raise HostLacks(f"{path} is not root's own.", hint=f"chown root:root {path}; chmod 0700 {path}")
     return held
+
+
+def _target(path: str) -> str | None:
+    """Give what a symbolic link says; None for what is none."""
+    try:
+        return str(Path(path).readlink())
+    except OSError:
+        return None
 
 
 def _parts(path: str) -> tuple[str, ...]:

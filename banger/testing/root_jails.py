@@ -53,6 +53,10 @@ class RecordingJails:
         """See `Jails`."""
         return self._others
 
+    def is_known(self, uid: int) -> bool:
+        """See `Jails`: only what is spoken for."""
+        return any(uid in some for some in self.spoken_for())
+
     def jails(self) -> list[Jail]:
         """See `Jails`."""
         return [Jail(name, record.mark) for name, record in sorted(self._state.jails.items())]

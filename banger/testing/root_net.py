@@ -10,7 +10,7 @@ import errno
 import os
 from collections.abc import Sequence
 from dataclasses import replace
-from ipaddress import IPv4Interface, IPv4Network
+from ipaddress import IPv4Address, IPv4Interface, IPv4Network
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,7 @@ class Recorded(msgspec.Struct, kw_only=True):
     table: bool = False
     forwards: bool = True
     default_egress: str | None = "eth0"
+    resolvers: list[IPv4Address] = []
     last_index: int = 2
     last_handle: int = 3
     tap_uids: dict[str, int] = {}
@@ -89,6 +90,10 @@ class RecordingNet:
     def routes(self) -> list[Route]:
         """List all IPv4 routes."""
         return list(self.host.routes)
+
+    def resolvers(self) -> list[IPv4Address]:
+        """List the servers that this host asks for names."""
+        return list(self.host.resolvers)
 
     def default_egress(self) -> str | None:
         """Name the interface of the best default route, if there is one."""

@@ -20,7 +20,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from banger.helper import client, serve, server, table
-from banger.helper.host import Host
+from banger.helper.host import SEAMS, Host
 from banger.helper.requests import Ask, Request
 from banger.testing.root_disks import RecordingDisks
 from banger.testing.root_jails import RecordingJails
@@ -191,9 +191,7 @@ def main() -> None:
     notify = serve.settle()
     kernel, deadly = options.directory / "kernel", Deadly(options.die_at)
     host = recording_host(kernel)
-    watched: dict[str, Any] = {
-        name: Watched(getattr(host, name), kernel, deadly) for name in Host.__dataclass_fields__
-    }
+    watched: dict[str, Any] = {name: Watched(getattr(host, name), kernel, deadly) for name in SEAMS}
     state, runtime = str(options.directory / "state"), str(options.directory / "run")
     place = serve.Place(state=state, runtime=runtime, owners=options.owner)
     serve.serve(place, table.verbs, Host(**watched), notify)

@@ -7,6 +7,7 @@ import grp
 import os
 import sys
 import traceback
+from ipaddress import IPv4Network
 from pathlib import Path
 
 import banger
@@ -14,8 +15,12 @@ from banger.errors import BangerError, HostLacks
 from banger.helper import serve, table
 from banger.helper.host import Host
 from banger.helper.pool import CRASHED
+from banger.helper.requests import check_network
 from banger.helper.store import Store
-from banger.helper.trusted import check_trusted
+from banger.helper.trusted import check_trusted, check_trusted_file
+
+BRIDGES = IPv4Network("172.31.0.0/16")
+"""A network that this host reaches by its default route would be the owner's to imitate: root chooses."""
 
 PACKAGES = ("site-packages", "dist-packages")
 
@@ -29,7 +34,7 @@ def main() -> None:
         if options.verify:
             _verify(options.state)
             return
-        host = _host(options.firecracker, options.jails)
+        host = _host(options.firecracker, options.jails, tuple(options.network or [BRIDGES]))
         if options.from_checkout:
             serve.say("running from a checkout: what is run is not checked to be root's own")
         else:
@@ -55,6 +60,13 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--runtime", required=True, metavar="DIR", help="holds the socket; made 0755")
     parser.add_argument("--owner", action="append", type=int, default=[], metavar="UID", help="who may ask")
     parser.add_argument("--group", metavar="NAME", help="only its members can connect")
+    parser.add_argument(
+        "--network",
+        action="append",
+        type=check_network,
+        metavar="CIDR",
+        help=f"what bridges may have parts of; {BRIDGES} unless given",
+    )
     parser.add_argument("--firecracker", metavar="DIR", default="/usr/lib/banger/firecracker")
     parser.add_argument("--jails", metavar="DIR", default="/srv/banger-jails")
     parser.add_argument("--from-checkout", action="store_true", help="for tests: do not check the code")
@@ -77,9 +89,7 @@ def _check_code() -> None:
         )
     files = {getattr(module, "__file__", None) for module in list(sys.modules.values())}
     for file in sorted(file for file in files if file):
-        # Debian's sitecustomize.py is a link; only root can change one that is in a directory of root's.
-        check_trusted(str(Path(file).parent))
-        check_trusted(str(Path(file).resolve()))
+        check_trusted_file(file)  # Debian's sitecustomize.py is a link
     check_trusted(str(Path("/proc/self/exe").readlink()))
 
 
@@ -90,14 +100,20 @@ def _verify(state: str) -> None:
     serve.say(f"{count} audit lines, each as it was written")
 
 
-def _host(firecracker: str, jails: str) -> Host:
+def _host(firecracker: str, jails: str, networks: tuple[IPv4Network, ...]) -> Host:
     """Give the real one. It is imported here: nobody else needs pyroute2, which is slow to import."""
     from banger.helper.devicemapper import KernelDisks
     from banger.helper.jailer import Jailer
     from banger.helper.netlink import KernelNet
     from banger.helper.resolved import Resolved
 
-    return Host(net=KernelNet(), disks=KernelDisks(), jails=Jailer(firecracker, jails), resolver=Resolved())
+    return Host(
+        net=KernelNet(),
+        disks=KernelDisks(),
+        jails=Jailer(firecracker, jails),
+        resolver=Resolved(),
+        networks=networks,
+    )
 
 
 if __name__ == "__main__":

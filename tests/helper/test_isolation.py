@@ -256,11 +256,22 @@ def test_it_does_not_start_from_a_checkout(rooted: Path) -> None:
     assert list(rooted.iterdir()) == []
 
 
+def link(package: Path, mode: int) -> None:
+    """Put a file elsewhere, to which a link leads by another link, in a directory of this mode."""
+    between, file = package.parents[1] / "between", package / "helper/pool.py"
+    between.mkdir()
+    between.chmod(mode)
+    (between / "pool.py").symlink_to(file.rename(package.parents[1] / "elsewhere.py"))
+    file.symlink_to("../../../between/pool.py")
+
+
 @NEEDS_ROOT
 @pytest.mark.parametrize(
     ("spoil", "reason"),
     [
         (lambda _: None, ""),
+        (lambda package: link(package, 0o755), ""),
+        (lambda package: link(package, 0o1777), "others than root may change between"),
         (
             lambda package: shutil.chown(package / "helper/pool.py", 1000),
             "others than root may change pool.py",

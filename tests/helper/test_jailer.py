@@ -62,7 +62,7 @@ def end(pid):
 
 look = inmates._inmate
 lost = 0
-for _ in range(200):
+for _ in range({rounds}):
     first = child(True)
     inmate = look(first, "jail", root)
     assert inmate is not None and inmate.uid == {uid}
@@ -80,7 +80,7 @@ for _ in range(200):
     time.sleep(0.001)
     lost += os.waitpid(second, os.WNOHANG)[0] != 0
     end(second)
-print(lost, "of 200")
+print(lost, "of {rounds}")
 """
 
 
@@ -304,16 +304,20 @@ def test_h48_h49_a_signal_reaches_the_inmate_that_was_seen_and_nobody_else(jaile
         stranger.wait()
 
 
-def test_h49_a_pid_that_is_used_again_between_look_and_signal_is_not_signalled(place: Path) -> None:
+# A round takes 8 to 20 ms, of which the forks are most: 100,000 of them would be half an hour.
+@pytest.mark.parametrize("rounds", [200, pytest.param(2_000, marks=pytest.mark.slow)])
+def test_h49_a_pid_that_is_used_again_between_look_and_signal_is_not_signalled(
+    place: Path, rounds: int
+) -> None:
     """The inmate ends and its pid is another's between the check and the signal: 0 wins."""
     if not Path("/proc/sys/kernel/ns_last_pid").exists():
         pytest.skip("this kernel gives no chosen pid (CONFIG_CHECKPOINT_RESTORE)")
     (place / "root").mkdir()
     os.chown(place / "root", UID, UID)
     script = place / "race.py"
-    script.write_text(RACE.format(root=str(place / "root"), uid=UID))
+    script.write_text(RACE.format(root=str(place / "root"), uid=UID, rounds=rounds))
     words = ["unshare", "--pid", "--fork", "--mount-proc", sys.executable, "-I", str(script)]
-    assert subprocess.check_output(words, text=True, timeout=120) == "0 of 200\n"
+    assert subprocess.check_output(words, text=True, timeout=120) == f"0 of {rounds}\n"
 
 
 def test_h48_a_process_of_the_uid_elsewhere_is_no_inmate(jailer: Jailer) -> None:
@@ -463,7 +467,10 @@ def test_h45_another_users_socket_in_the_jail_is_not_given(jailer: Jailer, place
             jailer.connect(JAIL, VSOCK)
 
 
-def test_h45_a_socket_that_is_exchanged_all_the_time_never_leads_out(jailer: Jailer, place: Path) -> None:
+@pytest.mark.parametrize("rounds", [500, pytest.param(100_000, marks=pytest.mark.slow)])
+def test_h45_a_socket_that_is_exchanged_all_the_time_never_leads_out(
+    jailer: Jailer, place: Path, rounds: int
+) -> None:
     """Races for the socket's name: each connection is to the jail's own user, or refused."""
     start(jailer)
     outside = place / "outside.socket"
@@ -485,7 +492,7 @@ def test_h45_a_socket_that_is_exchanged_all_the_time_never_leads_out(jailer: Jai
         swapper.start()
         won = 0
         try:
-            for _ in range(500):
+            for _ in range(rounds):
                 try:
                     os.close(jailer.connect(JAIL, VSOCK))
                     won += 1

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from ipaddress import IPv4Address, IPv4Network
 
 import msgspec
@@ -25,6 +26,7 @@ from tests.helper.network_scenes import (
     UID,
     VM,
     Scene,
+    host_of,
 )
 
 real = pytest.param("real", marks=pytest.mark.skipif(not scenes.is_root(), reason="needs root and tun"))
@@ -460,3 +462,15 @@ def test_a_vm_cannot_be_called_as_a_bridges_guards_are() -> None:
     """The word in a guard's mark is no VM's id, so no request touches a guard."""
     for verb in ("tap.remove", "nat.disable"):
         unread(verb, vm=f"guard:{BRIDGE}")
+
+
+def test_h18_a_network_that_root_does_not_give_is_refused(scene: Scene) -> None:
+    """An owner cannot have what the host reaches by its default route: root says what bridges may have."""
+    host = replace(host_of(scene.net), networks=(IPv4Network("172.31.0.0/16"),))
+    call = Call(caller=Caller(uid=UID, gid=UID), op="op-1", step="tap", epoch=1)
+    before = scene.net.links()
+    with pytest.raises(Refused, match="which root gives to bridges"):
+        network.ensure_tap(host, scene.ledger, call, ENSURE)
+    assert (scene.net.links(), scene.recorded()) == (before, [])
+    inside = TapEnsure(vm=VM, bridge=BRIDGE, network="172.31.5.0/24")
+    assert network.ensure_tap(host, scene.ledger, call, inside)["tap"]
