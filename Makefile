@@ -2,7 +2,7 @@
 
 SHELL := bash
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint bench clean packages packages-dev requirements
+.PHONY: help demo test test-long lint bench clean packages packages-dev requirements
 
 bin := .venv/bin
 export TIMEFORMAT := %1R s
@@ -15,7 +15,10 @@ demo: .venv/runtime ## boot a throw-away VM and run a command in it
 	$(bin)/banger vm run --rm -- uname -a
 
 test: lint ## check everything: lint, then all tests, on real guests
-	$(bin)/python -m pytest
+	$(bin)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadgroup
+
+test-long: .venv/dev ## the tests that take minutes each, in a guest that is a whole host
+	$(bin)/python -m pytest -m long tests/hosted
 
 lint: .venv/dev ## ruff, mypy and the floors of the house
 	time $(bin)/ruff check

@@ -9,14 +9,18 @@ from __future__ import annotations
 import os
 import tomllib
 from pathlib import Path
+from typing import Annotated, Literal
 
 import msgspec
 
 from banger.errors import InvalidRequest
-from banger.model import Value
+from banger.model import RootDisk, Value
 
 # sun_path of sockaddr_un holds 108 bytes with its NUL (unix(7)).
 MAX_SOCKET_PATH = 107
+
+ROOT_SOCKET = Path("/run/banger-root/helper.sock")
+"""Where root's helper is asked; there only where it was installed."""
 
 
 class VmPaths(Value):
@@ -30,6 +34,15 @@ class VmPaths(Value):
     def overlay(self) -> Path:
         """The writable layer over the shared image, ext4 in a sparse file."""
         return self.directory / "overlay.ext4"
+
+    @property
+    def cow(self) -> Path:
+        """What was changed of the image, in a sparse file of dm-snapshot's: in place of the overlay."""
+        return self.directory / "root.cow"
+
+    def changes(self, root_disk: RootDisk) -> Path:
+        """Give the file with what the VM has changed of its image."""
+        return self.cow if root_disk == "snapshot" else self.overlay
 
     @property
     def work(self) -> Path:
@@ -66,6 +79,18 @@ class VmPaths(Value):
         """What the VMM itself complained about since its last start."""
         return self.directory / "vmm.log"
 
+    def workspace(self, op: str) -> Path:
+        """Give the repository with the state of the workspace that an operation brought."""
+        return self.directory / f"workspace-{op}"
+
+    def workspaces(self) -> list[Path]:
+        """Every such repository that is there."""
+        return sorted(self.directory.glob("workspace-*"))
+
+    def parcel(self, op: str) -> Path:
+        """Give what is on its way to the guest."""
+        return self.workspace(op) / "parcel"
+
     @property
     def pidfile(self) -> Path:
         """Written and locked by the VMM."""
@@ -80,6 +105,11 @@ class VmPaths(Value):
     def agent(self) -> Path:
         """The guest agent's channel."""
         return self.runtime / f"{self.vm}.agent"
+
+    @property
+    def metrics(self) -> Path:
+        """The named pipe that holds the VMM's figures, where it has any."""
+        return self.runtime / f"{self.vm}.metrics"
 
 
 class Dirs(Value):
@@ -179,6 +209,68 @@ def find_dirs(environ: dict[str, str] | None = None) -> Dirs:
     )
 
 
+_Count = Annotated[int, msgspec.Meta(ge=1, le=1 << 30)]
+_Mib = Annotated[int, msgspec.Meta(ge=1, le=1 << 30)]
+_Kib = Annotated[int, msgspec.Meta(ge=1, le=1 << 20)]
+_Seconds = Annotated[float, msgspec.Meta(gt=0, le=7 * 24 * 3600)]
+
+
+_Age = Annotated[float, msgspec.Meta(gt=0)] | Annotated[str, msgspec.Meta(pattern=r"^[1-9][0-9]{0,8}[smhd]$")]
+_UNITS_S = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+
+
+class Limits(Value):
+    """What images and bundles may come to: `[limits]` of config.toml, explained in docs/configuration.md."""
+
+    download_mib: _Mib = 20 << 10
+    manifest_kib: _Kib = 4 << 10
+    image_config_kib: _Kib = 1 << 10
+    silence_s: _Seconds = 30.0
+    slowest_bytes_s: Annotated[int, msgspec.Meta(ge=0, le=1 << 30)] = 1024
+    parallel: Annotated[int, msgspec.Meta(ge=1, le=32)] = 3
+    retries: Annotated[int, msgspec.Meta(ge=0, le=1000)] = 5
+    content_mib: _Mib = 32 << 10
+    entries: _Count = 1_000_000
+    names_mib: Annotated[int, msgspec.Meta(ge=1, le=4 << 10)] = 32
+    headers_kib: _Kib = 1 << 10
+    ratio: _Count = 250
+    ratio_from_mib: _Mib = 128
+    reading_s: _Seconds = 600.0
+    bundle_mib: _Mib = 20 << 10
+    bundle_content_mib: _Mib = 64 << 10
+
+
+def _plain(path: str) -> bool:
+    return "\0" not in path and not {"", ".", ".."} & set(path.split("/"))
+
+
+_BelowHome = Annotated[str, msgspec.Meta(pattern=r"^(~/)?[^/~]")]
+
+
+class FileSync(Value):
+    """A file or directory of the owner's that new VMs get: `[[file_sync]]` of config.toml.
+
+    `host` is below the owner's home, `guest` below /root: the same path, if it is not given.
+    """
+
+    host: _BelowHome
+    guest: str | None = None
+    mode: Annotated[str, msgspec.Meta(pattern=r"^0?[0-7]{3}$")] = "0600"
+
+    def __post_init__(self) -> None:
+        """Refuse a path that is not a plain one."""
+        if not _plain(self.host.removeprefix("~/")):
+            raise ValueError(f"{self.host!a} is not a plain path below your home directory")
+        if self.inside.startswith("/") or not _plain(self.inside):
+            raise ValueError(f"{self.guest!a} is not a plain path below /root")
+
+    @property
+    def inside(self) -> str:
+        """Where it goes, relative to /root."""
+        guest = self.host if self.guest is None else self.guest
+        return guest.removeprefix("~/").removeprefix("/root/")
+
+
 class Config(Value):
     """The settings of config.toml; a value of None means: derive it from this host."""
 
@@ -189,13 +281,27 @@ class Config(Value):
     memory_mib: int | None = None
     disk_mib: int = 8192
     overlay_mib: int = 8192
+    root_disk: RootDisk = "overlay"
     nat: bool = False
     accelerator: str = "auto"
+    vmm: Literal["auto", "qemu", "firecracker"] = "auto"
     workers: int | None = None
     capacity_memory_mib: int | None = None
     capacity_vcpu: int | None = None
     ready_timeout_s: float = 60.0
     catalogs: tuple[str, ...] = ()
+    limits: Limits = Limits()
+    network: Literal["user", "bridge"] = "user"
+    bridge: str = "br-fc"
+    bridge_network: str = "172.31.0.0/16"
+    egress: str | None = None
+    root_socket: str = str(ROOT_SOCKET)
+    dns: bool | None = None
+    dns_port: Annotated[int, msgspec.Meta(ge=1, le=65535)] = 42069
+    auto_stop_stale_after: _Age | None = None
+    git_identity: bool = True
+    ssh_key: _BelowHome | None = None
+    file_sync: tuple[FileSync, ...] = ()
 
 
 class Capacity(Value):
@@ -261,6 +367,17 @@ VCPU_PER_CPU = 16
 def workers(config: Config) -> int:
     """Resolve how many workers there are: from config, else one for each CPU, and at least four."""
     return config.workers or max(4, os.cpu_count() or 1)
+
+
+def dns_wanted(config: Config) -> bool:
+    """Resolve whether the daemon answers for `*.vm`: from config, else where VMs have own addresses."""
+    return Path(config.root_socket).exists() if config.dns is None else config.dns
+
+
+def stale_after_s(config: Config) -> float | None:
+    """Resolve after how many seconds a VM that nobody has touched is stopped; None: never."""
+    age = config.auto_stop_stale_after
+    return int(age[:-1]) * _UNITS_S[age[-1]] if isinstance(age, str) else age
 
 
 def capacity(config: Config, dirs: Dirs) -> Capacity:

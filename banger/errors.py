@@ -203,7 +203,7 @@ class HelperDown(OperationFailed):
 
     code = "helper-down"
     retry = True
-    default_hint = "`banger doctor` tells whether it runs; without it, `network = \"user\"` needs no root."
+    default_hint = '`banger doctor` tells whether it runs; without it, `network = "user"` needs no root.'
 
 
 class Refused(OperationFailed):

@@ -36,7 +36,22 @@ class Process(Value):
 class Resource(Value):
     """Something an operation acquires on the host: `kind` and `id` name it for the ledger."""
 
-    kind: Literal["name", "directory", "file", "port", "process", "socket", "artifact"]
+    kind: Literal[
+        "name",
+        "directory",
+        "file",
+        "port",
+        "process",
+        "socket",
+        "artifact",
+        "address",
+        "tap",
+        "nat",
+        "bridge",
+        "jail",
+        "snapshot",
+        "loop",
+    ]
     id: str
 
 
@@ -46,6 +61,10 @@ class Needs(Value):
     memory_mib: int = 0
     vcpu: int = 0
     disk_mib: int = 0
+
+
+RootDisk = Literal["overlay", "snapshot"]
+"""How an image and a VM's changes of it are joined: by overlayfs in the guest, by dm-snapshot on the host."""
 
 
 class VmSpec(Value):
@@ -59,6 +78,31 @@ class VmSpec(Value):
     disk_mib: int
     nat: bool = False
     ephemeral: bool = False
+    network: Literal["user", "bridge"] = "user"
+    root_disk: RootDisk = "overlay"
+
+
+class Workspace(Value):
+    """A repository as it was brought into a VM, and what tells later whether it has moved on.
+
+    `commit` is the state that was brought, `head` the commit it stands on (none before the first one),
+    `stamp` what the working tree looked like, and `op` the operation that brought it, by which the guest
+    knows it too. `git` says whether the guest has it as a checkout; `mise` whether it names tools for mise.
+    """
+
+    repository: str
+    path: str
+    commit: str
+    stamp: str
+    op: str
+    files: int
+    size_bytes: int
+    head: str | None = None
+    branch: str | None = None
+    source: str | None = None
+    untracked: bool = False
+    git: bool = False
+    mise: bool = False
 
 
 class Artifact(Value):

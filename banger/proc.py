@@ -48,6 +48,21 @@ def run(
     umask: int = -1,
     mark: str | None = None,
 ) -> str:
+    """Run a program to its end and return its standard output as text; see `output`."""
+    out = output(argv, timeout_s=timeout_s, env=env, stdin=stdin, cancelled=cancelled, umask=umask, mark=mark)
+    return out.decode("utf-8", "replace")
+
+
+def output(
+    argv: Sequence[str | os.PathLike[str]],
+    *,
+    timeout_s: float = 60.0,
+    env: dict[str, str] | None = None,
+    stdin: bytes = b"",
+    cancelled: Callable[[], bool] | None = None,
+    umask: int = -1,
+    mark: str | None = None,
+) -> bytes:
     """Run a program to its end and return its standard output.
 
     The program gets its own session and a mark in its environment, so a timeout or a cancellation
@@ -83,7 +98,7 @@ def run(
     if child.returncode != 0:
         tail = err.decode("utf-8", "replace").strip()[-ERROR_TAIL:]
         raise ProgramFailed(f"{words[0]} exited with {child.returncode}: {tail}", status=child.returncode)
-    return out.decode("utf-8", "replace")
+    return out
 
 
 def _converse(
@@ -260,17 +275,27 @@ def kill(process: Process, timeout_s: float = 10.0) -> None:
 
 def marked(name: str) -> Iterator[tuple[Process, str]]:
     """Find this user's processes that were started with `name` in their environment, and its value."""
-    wanted = f"{name}=".encode()
     for entry in os.scandir("/proc"):
         if not entry.name.isdigit():
             continue
-        try:
-            environ = Path(entry.path, "environ").read_bytes()
-        except OSError:
-            continue  # gone meanwhile, or another user's
-        value = next((v[len(wanted) :] for v in environ.split(b"\0") if v.startswith(wanted)), None)
+        value = _mark(int(entry.name), name)
         if value is not None and (process := identify(int(entry.name))) is not None:
-            yield process, value.decode("utf-8", "replace")
+            yield process, value
+
+
+def mark_of(process: Process, name: str) -> str | None:
+    """Give what this user's process was started with as `name` in its environment, if it was."""
+    return _mark(process.pid, name)
+
+
+def _mark(pid: int, name: str) -> str | None:
+    wanted = f"{name}=".encode()
+    try:
+        environ = Path(f"/proc/{pid}/environ").read_bytes()
+    except OSError:
+        return None  # gone meanwhile, or another user's
+    value = next((v[len(wanted) :] for v in environ.split(b"\0") if v.startswith(wanted)), None)
+    return None if value is None else value.decode("utf-8", "replace")
 
 
 def words(process: Process) -> str:

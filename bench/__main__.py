@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from bench import boots, command_line, idle, log, peers, pull, queue
+from bench import boots, command_line, idle, inside, log, peers, pull, queue, root, workspace
 from bench.figures import OUTPUT, Figures
 
 PARTS = {
@@ -15,6 +15,9 @@ PARTS = {
     "command_line": command_line.measure,
     "boots": boots.measure,
     "pull": pull.measure,
+    "root": root.measure,
+    "inside": inside.measure,
+    "workspace": workspace.measure,
 }
 
 

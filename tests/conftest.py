@@ -47,6 +47,15 @@ def log(dirs: config.Dirs) -> Iterator[EventLog]:
     opened.close()
 
 
+TESTS = Path(__file__).parent
+TOGETHER = {"guest": "fixed ids", "vmm": "fixed ids", "hosted": "hosted", "crash": "crash"}
+
+
+def _company(path: Path) -> str:
+    """Name what a test's file must not be run beside: its room's others, or nothing but itself."""
+    return TOGETHER.get(path.parts[0], str(path))
+
+
 def pytest_configure() -> None:
     """Undo what a shell does to background jobs: an ignored SIGINT is inherited and cannot be trapped."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -59,10 +68,21 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out most of the long matrices unless --matrix asks for them; the same ninth each time."""
+    """Leave out what is asked for by `-m long` only, and, unless --matrix, most of the long matrices.
+
+    Of these it is the same ninth that stays. What shares a guest, or ids of VMs, goes to one process
+    of those that run side by side.
+    """
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group(_company(item.path.relative_to(TESTS))))
+    if config.getoption("markexpr") != "long":
+        _leave_out(config, items, {item for item in items if item.get_closest_marker("long")})
     if config.getoption("--matrix"):
         return
     slow = [item for item in items if item.get_closest_marker("slow")]
-    left_out = {item for number, item in enumerate(slow) if number % 9}
-    config.hook.pytest_deselected(items=list(left_out))
-    items[:] = [item for item in items if item not in left_out]
+    _leave_out(config, items, {item for number, item in enumerate(slow) if number % 9})
+
+
+def _leave_out(config: pytest.Config, items: list[pytest.Item], unwanted: set[pytest.Item]) -> None:
+    config.hook.pytest_deselected(items=list(unwanted))
+    items[:] = [item for item in items if item not in unwanted]

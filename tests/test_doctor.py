@@ -8,7 +8,8 @@ import pytest
 
 from banger import doctor, proc
 from banger.config import Config, Dirs, find_dirs
-from banger.doctor import Check, examine
+from banger.doctor import examine
+from banger.doctor.findings import Check
 from banger.vmm import kvm
 
 

@@ -10,7 +10,7 @@ import contextlib
 import json
 import sqlite3
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -39,11 +39,21 @@ _Micros = Annotated[int, msgspec.Meta(ge=0, lt=1 << 53)]  # until the year 2255,
 # -- making one -----------------------------------------------------------------------------
 
 
-def make(dirs: Dirs, short: str, host: Json, redactor: Redactor) -> Json:
+def _nothing(_: str) -> list[Json]:
+    return []
+
+
+def make(
+    dirs: Dirs,
+    short: str,
+    host: Json,
+    redactor: Redactor,
+    by_root: Callable[[str], list[Json]] = _nothing,
+) -> Json:
     """Make the bundle of an operation, redacted; its id may be shortened as everywhere.
 
-    `host` says what it ran on. Raises NotFound, InvalidRequest when several operations fit,
-    LogDamaged when nothing can be read.
+    `host` says what it ran on, `by_root` what root tells of an operation. Raises NotFound,
+    InvalidRequest when several operations fit, LogDamaged when nothing can be read.
     """
     with _opened(dirs.database) as rows:
         op = _find(rows, short)
@@ -51,7 +61,7 @@ def make(dirs: Dirs, short: str, host: Json, redactor: Redactor) -> Json:
         events = sorted(_events(rows, ops), key=lambda event: int(event["seq"]))
     lines, left_out = log_lines(log_files(dirs), ops)
     about = {**host, "schema": ev.SCHEMA, "accelerator": _accelerator(events), "damage": rows.damage}
-    document = {"about": about, "events": events, "logs": lines}
+    document = {"about": about, "events": events, "logs": lines, "root": by_root(op)}
     return {
         "format": FORMAT,
         "op": op,

@@ -13,7 +13,7 @@ import msgspec
 
 from banger.events import vocabulary as ev
 from banger.events.vocabulary import Recorded
-from banger.model import Needs, Process, Resource, VmSpec
+from banger.model import Needs, Process, Resource, VmSpec, Workspace
 
 StepState = Literal["pending", "started", "done", "failed", "undone"]
 
@@ -104,10 +104,12 @@ class Vm(msgspec.Struct, frozen=True, kw_only=True):
     ready_seconds: float | None = None
     process: Process | None = None
     ssh_port: int | None = None
+    address: str | None = None
     accelerator: str | None = None
     image_digest: str | None = None
     kernel_digest: str | None = None
     reason: str | None = None
+    workspace: Workspace | None = None
 
 
 Handler = Callable[[Op, Recorded, Any], None]
@@ -269,12 +271,13 @@ def apply_vm(vm: Vm | None, row: Recorded) -> Vm | None:
             return replace(vm, desired=desired)
         case ev.VmCreated(image_digest=image, kernel_digest=kernel):
             return replace(vm, state="stopped", image_digest=image, kernel_digest=kernel)
-        case ev.VmStarted(process=process, ssh_port=port, accelerator=accelerator):
+        case ev.VmStarted(process=process, ssh_port=port, accelerator=accelerator, address=address):
             return replace(
                 vm,
                 state="starting",
                 process=process,
                 ssh_port=port,
+                address=address,
                 accelerator=accelerator,
                 started_us=row.time_us,
                 reason=None,
@@ -287,12 +290,17 @@ def apply_vm(vm: Vm | None, row: Recorded) -> Vm | None:
                 state="creating" if vm.image_digest is None else "stopped",
                 process=None,
                 ssh_port=None,
+                address=None,
                 started_us=None,
                 ready_seconds=None,
                 reason=reason,
             )
+        case ev.WorkspacePrepared(workspace=workspace):
+            return replace(vm, workspace=workspace)
+        case ev.VmChanged(spec=spec):
+            return replace(vm, spec=spec)
         case ev.VmDeleted():
-            return replace(vm, state="deleted", desired="absent", process=None, ssh_port=None)
+            return replace(vm, state="deleted", desired="absent", process=None, ssh_port=None, address=None)
         case _:
             return vm
 

@@ -163,7 +163,7 @@ class ArtifactRow(_Table):
 
 PROJECTIONS: tuple[Any, ...] = (OpRow, WorkRow, VmRow, ResourceRow, ArtifactRow)
 TABLES: tuple[Any, ...] = (EventRow, HeadRow, *PROJECTIONS)
-VERSION = 2
+VERSION = 3
 """The version of the projections' columns; a database that has another is projected anew."""
 
 

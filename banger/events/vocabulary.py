@@ -10,7 +10,7 @@ from typing import Any, Literal, dataclass_transform
 
 import msgspec
 
-from banger.model import Needs, Process, Resource, VmSpec
+from banger.model import Needs, Process, Resource, VmSpec, Workspace
 
 Facts = dict[str, Any]
 Error = dict[str, Any]
@@ -221,17 +221,30 @@ class VmCreated(Event, tag="vm.created"):
 
 
 class VmStarted(Event, tag="vm.started"):
-    """Its VMM runs."""
+    """Its VMM runs. The SSH server is at `address`, or behind a port of the host's 127.0.0.1."""
 
     process: Process
     ssh_port: int
     accelerator: str
+    address: str | None = None
+
+
+class VmChanged(Event, tag="vm.changed"):
+    """It is asked to be something else than before."""
+
+    spec: VmSpec
 
 
 class VmReady(Event, tag="vm.ready"):
     """The guest said that it is ready, `seconds` after its VMM was started."""
 
     seconds: float
+
+
+class WorkspacePrepared(Event, tag="vm.workspace-prepared"):
+    """A repository is in the guest, whole, in place of the one that was there before."""
+
+    workspace: Workspace
 
 
 class VmStopped(Event, tag="vm.stopped"):
@@ -290,7 +303,9 @@ AnyEvent = (
     | VmDesired
     | VmCreated
     | VmStarted
+    | VmChanged
     | VmReady
+    | WorkspacePrepared
     | VmStopped
     | VmDeleted
     | ArtifactPublished

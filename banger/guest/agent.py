@@ -32,35 +32,57 @@ def wait_ready(
     Raises GuestSilent after `timeout_s` seconds, ProgramFailed with `report()` when `alive()` turns
     false, Cancelled when `cancelled()` turns true.
     """
-    deadline = time.monotonic() + timeout_s
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as channel:
         try:
             channel.settimeout(LOOK_S)
             channel.connect(str(path))
-            channel.sendall(b"hello\n")
         except OSError:
-            raise _ended(report()) from None
-        heard = b""
-        while b"ready\n" not in heard:
-            try:
-                piece = channel.recv(MAX_ANSWER)
-            except TimeoutError:
-                piece = None
-            except OSError:
-                piece = b""
-            if piece == b"" or not alive():
-                raise _ended(report())
-            heard = (heard + (piece or b""))[-MAX_ANSWER:]
-            if cancelled():
-                raise Cancelled
-            if time.monotonic() >= deadline:
-                raise GuestSilent(
-                    f"The guest did not say that it is ready within {timeout_s:g} s. {_brief(report())}",
-                    hint="`banger vm logs` shows its console; ready_timeout_s in config.toml is the wait.",
-                )
+            raise ended(report()) from None
+        hear_ready(channel, timeout_s, cancelled=cancelled, alive=alive, report=report)
 
 
-def _ended(report: str) -> ProgramFailed:
+def hear_ready(
+    channel: socket.socket,
+    timeout_s: float,
+    *,
+    cancelled: Callable[[], bool],
+    alive: Callable[[], bool],
+    report: Callable[[], str],
+) -> None:
+    """Ask the agent at the other end of a channel until it says that it is ready; see `wait_ready`."""
+    deadline = time.monotonic() + timeout_s
+    channel.settimeout(LOOK_S)
+    try:
+        channel.sendall(b"hello\n")
+    except OSError:
+        raise ended(report()) from None
+    heard = b""
+    while b"ready\n" not in heard:
+        try:
+            piece = channel.recv(MAX_ANSWER)
+        except TimeoutError:
+            piece = None
+        except OSError:
+            piece = b""
+        if piece == b"" or not alive():
+            raise ended(report())
+        heard = (heard + (piece or b""))[-MAX_ANSWER:]
+        if cancelled():
+            raise Cancelled
+        if time.monotonic() >= deadline:
+            raise silent(timeout_s, report())
+
+
+def silent(timeout_s: float, report: str) -> GuestSilent:
+    """Make the error for a guest that did not become ready in time."""
+    return GuestSilent(
+        f"The guest did not say that it is ready within {timeout_s:g} s. {_brief(report)}",
+        hint="`banger vm logs` shows its console; ready_timeout_s in config.toml is the wait.",
+    )
+
+
+def ended(report: str) -> ProgramFailed:
+    """Make the error for a VMM that ended before its guest was ready."""
     return ProgramFailed(f"The VMM ended before the guest was ready. {_brief(report)}".rstrip())
 
 

@@ -10,6 +10,8 @@ from collections.abc import AsyncIterator
 import asyncssh
 
 from banger.errors import GuestUnreachable
+from banger.guest import launcher
+from banger.guest.launcher import Shell
 from banger.guest.ssh import Target
 
 CONNECT_S = 15.0
@@ -38,9 +40,29 @@ class Connections:
         pool = self._pools.setdefault(target.vm, _Pool(target))
         connection = await pool.take()
         try:
+            await pool.dismiss(connection)
             yield connection
         finally:
             pool.give_back(connection)
+
+    @contextlib.asynccontextmanager
+    async def shell(self, target: Target) -> AsyncIterator[Shell]:
+        """Give a shell that waits for its command, on a connection that nobody else uses; see `launcher`.
+
+        Another is started on it when the block ends, for the next one. Raises GuestUnreachable.
+        """
+        pool = self._pools.setdefault(target.vm, _Pool(target))
+        connection = await pool.take()
+        try:
+            yield await pool.shell(connection)
+            pool.prepare(connection)
+        finally:
+            pool.give_back(connection)
+
+    def counts(self, vm: str) -> tuple[int, int]:
+        """Tell how many connections to a VM are in use, and how many there are."""
+        pool = self._pools.get(vm)
+        return (0, 0) if pool is None else pool.counts()
 
     def drop(self, vm: str) -> None:
         """Forget the connections to a VM that is gone, and close them."""
@@ -64,6 +86,7 @@ class _Pool:
         self._busy: set[asyncssh.SSHClientConnection] = set()
         self._waiting: collections.deque[asyncio.Future[None]] = collections.deque()
         self._making: asyncio.Task[None] | None = None
+        self._shells: dict[asyncssh.SSHClientConnection, asyncio.Task[Shell]] = {}
 
     async def take(self) -> asyncssh.SSHClientConnection:
         """Give an idle connection, or the next one that is given back or made."""
@@ -74,6 +97,32 @@ class _Pool:
                     self._busy.add(connection)
                     return connection
             await self._free()
+
+    def prepare(self, connection: asyncssh.SSHClientConnection) -> None:
+        """Begin to start a shell for the next command."""
+        if not connection.is_closed():
+            task = asyncio.create_task(launcher.wait_for_command(connection))
+            task.add_done_callback(lambda done: done.cancelled() or done.exception())  # the next one tells
+            self._shells[connection] = task
+
+    async def shell(self, connection: asyncssh.SSHClientConnection) -> Shell:
+        """Give the shell that waits on a connection; a new one if it is gone. Raises GuestUnreachable."""
+        task = self._shells.pop(connection, None)
+        if task is not None:
+            with contextlib.suppress(GuestUnreachable):
+                shell = await task
+                if shell.waits():
+                    return shell
+        return await launcher.wait_for_command(connection)
+
+    async def dismiss(self, connection: asyncssh.SSHClientConnection) -> None:
+        """End the shell that waits on a connection: a caller wants it for something else."""
+        task = self._shells.pop(connection, None)
+        if task is not None:
+            with contextlib.suppress(GuestUnreachable):
+                shell = await task
+                shell.channel.write_eof()
+                await shell.ended
 
     async def _free(self) -> None:
         """Wait until a connection may be idle. Raises GuestUnreachable when none can be made."""
@@ -123,7 +172,12 @@ class _Pool:
             self._idle.append(connection)
             self._wake()
         else:
+            self._shells.pop(connection, None)
             connection.close()
+
+    def counts(self) -> tuple[int, int]:
+        """Tell how many connections are in use, and how many there are."""
+        return len(self._busy), len(self._busy) + len(self._idle)
 
     def close(self) -> None:
         """Close every connection; who waits for one is told."""
@@ -139,7 +193,7 @@ async def _connect(target: Target) -> asyncssh.SSHClientConnection:
     known = target.paths.known_hosts.read_text("ascii").split(" ", 1)[1]
     host_key = asyncssh.import_public_key(known)
     return await asyncssh.connect(
-        "127.0.0.1",
+        target.host,
         target.port,
         username="root",
         client_keys=[str(target.key)],

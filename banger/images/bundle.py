@@ -23,8 +23,9 @@ from typing import Annotated, BinaryIO, Literal
 import msgspec
 import zstandard
 
+from banger import config
 from banger.errors import Cancelled, InvalidImage, InvalidRequest
-from banger.images import base, custom, magic, store
+from banger.images import base, custom, magic, seed, store
 from banger.images.cache import using
 from banger.images.layers import inflate, tarstream
 from banger.images.layers.names import shown
@@ -33,7 +34,7 @@ from banger.images.remote.blobs import Blob
 from banger.images.store import Details
 from banger.model import Artifact, Value
 
-VERSION = 1
+VERSION = 2
 """Counts changes of what is made from a bundle; part of the digest."""
 
 FORMAT: Literal[1] = 1
@@ -83,6 +84,11 @@ class Limits(Value):
     bundle_bytes: int = 20 << 30
     unpacked_bytes: int = 64 << 30
 
+    @classmethod
+    def of(cls, settings: config.Limits) -> Limits:
+        """Give those that the user has set."""
+        return cls(bundle_bytes=settings.bundle_mib << 20, unpacked_bytes=settings.bundle_content_mib << 20)
+
 
 class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What a bundle says of itself: its files with their sizes in bytes, and remarks of its maker."""
@@ -100,6 +106,7 @@ def install(
     cache: Path,
     *,
     limits: Limits | None = None,
+    take_seed: seed.Take = seed.take,
     progress: Callable[[str], None] = lambda _: None,
     cancelled: Callable[[], bool] = lambda: False,
 ) -> Artifact:
@@ -115,6 +122,13 @@ def install(
             progress("unpacking the bundle")
             manifest = unpack(fd, staging, kind, limits=limits, cancelled=cancelled)
             found = _finish_image(staging) if kind == "image" else _finish_kernel(staging, cancelled)
+        if kind == "image":
+            take_seed(
+                staging / base.FILE,
+                magic.root_format(staging / base.FILE),
+                staging / seed.FILE,
+                cancelled=cancelled,
+            )
         return {**manifest.details, **found, "bundle": bundle.place, "bundle_sha256": bundle.sha256}
 
     return store.build(cache, kind, name, bundle.digest(kind, name), make, cancelled)
@@ -189,7 +203,10 @@ def _fetched(
 ) -> Iterator[int]:
     """Open a bundle that is here and is what it must be; it goes when it was used, or is not right."""
     if bundle.size > limits.bundle_bytes:
-        raise InvalidImage(f"The bundle has {bundle.size} bytes; {limits.bundle_bytes} are allowed.")
+        raise InvalidImage(
+            f"The bundle has {bundle.size} bytes; {limits.bundle_bytes} are allowed.",
+            hint="`bundle_mib` of `[limits]` in config.toml is the limit.",
+        )
     fd = None
     while fd is None:  # the same bundle's image under another name may be done with it just now
         path = _get(bundle, into, progress, cancelled)
@@ -324,7 +341,10 @@ def _check_listing(manifest: Manifest, kind: Kind, limits: Limits) -> None:
     if sum(name in main for name in manifest.files) != 1:
         raise InvalidImage(f"A bundle of one {kind} has exactly one of {' and '.join(main)}.")
     if sum(manifest.files.values()) > limits.unpacked_bytes:
-        raise InvalidImage(f"The bundle unpacks to more than {limits.unpacked_bytes >> 20} MiB.")
+        raise InvalidImage(
+            f"The bundle unpacks to more than {limits.unpacked_bytes >> 20} MiB.",
+            hint="`bundle_content_mib` of `[limits]` in config.toml is the limit.",
+        )
 
 
 @contextlib.contextmanager

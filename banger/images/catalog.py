@@ -7,6 +7,7 @@ A catalog is a TOML file:
     bundle = "debian-12-dev.tar.zst"    # an address, or a path, relative to the catalog's own place
     sha256 = "9f86d081884c7d65…"
     size = 83886080                     # bytes
+    kernel = "debian-12"                # of its VMs; without it they get the configured one
 
     [[kernel]]
     name = "debian-12"
@@ -67,12 +68,16 @@ class Recipe(Value, tag="recipe"):
 
 
 class Entry(Value):
-    """What a catalog says of a name. `catalog` is the catalog's place, `banger` for the embedded one."""
+    """What a catalog says of a name. `catalog` is the catalog's place, `banger` for the embedded one.
+
+    `vm_kernel` is the name of the kernel that an image's VMs are to have.
+    """
 
     kind: Kind
     name: str
     source: Bundle | Reference | Recipe
     catalog: str
+    vm_kernel: str | None = None
 
 
 class Missing(Value):
@@ -148,6 +153,7 @@ class _Line(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     size: Annotated[int, msgspec.Meta(ge=1, lt=1 << 53)] | None = None
     reference: Annotated[str, msgspec.Meta(min_length=1, max_length=512)] | None = None
     recipe: str | None = None
+    kernel: str | None = None
 
 
 class _Document(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -179,7 +185,8 @@ def _entries(document: _Document, place: str) -> Iterator[Entry]:
         for line in lines:
             try:
                 check_artifact_name(line.name, kind)
-                yield Entry(kind=kind, name=line.name, source=_source(line, place), catalog=place)
+                source, vm_kernel = _source(line, place), _vm_kernel(line, kind)
+                yield Entry(kind=kind, name=line.name, source=source, catalog=place, vm_kernel=vm_kernel)
             except BangerError as error:
                 raise InvalidRequest(f"{kind} {line.name!r}: {error.message}", hint=error.hint) from None
 
@@ -203,6 +210,14 @@ def _source(line: _Line, place: str) -> Bundle | Reference | Recipe:
         return Reference(text=line.reference)
     assert line.recipe is not None
     return Recipe(name=check_artifact_name(line.recipe, "recipe"))
+
+
+def _vm_kernel(line: _Line, kind: Kind) -> str | None:
+    if line.kernel is None:
+        return None
+    if kind == "kernel" or line.recipe is not None:
+        raise InvalidRequest("Only an image from a bundle or a registry names a `kernel`.")
+    return check_artifact_name(line.kernel, "kernel")
 
 
 def _resolved(bundle: str, place: str) -> str:

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import msgspec
 
-from banger.images import base, packages, store
+from banger.images import base, packages, seed, store
 from banger.model import Artifact, Value
 
-VERSION = 2
+VERSION = 3
 """Counts changes of how images are built; part of the digest."""
 
 
@@ -75,6 +75,7 @@ def build(
         installed = _installed(archive)
         made = base.make(archive, staging / base.FILE, label=recipe.name, cancelled=cancelled)
         archive.unlink()
+        seed.take_of_ours(staging / base.FILE, staging / seed.FILE, cancelled=cancelled)
         listing = "\n".join(installed).encode()
         sha256 = hashlib.sha256(listing).hexdigest()
         return {"format": made.format, "packages": installed, "packages_sha256": sha256}

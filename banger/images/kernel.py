@@ -170,7 +170,7 @@ def initrd(files: Files, version: str) -> Iterator[cpio.Entry]:
     yield from _modules(files, version, "modules/squashfs", SQUASHFS_MODULES)
     yield from _modules(files, version, "assets/modules", LATER_MODULES)
     yield cpio.file("assets/bin/busybox", busybox, 0o755)
-    for applet in ("sh", "poweroff"):
+    for applet in ("sh", "poweroff", "reboot"):
         yield cpio.link(f"assets/bin/{applet}", "busybox")
     for name in ASSETS[1:]:
         yield cpio.file(f"assets/{name}", _asset(name), 0o755)

@@ -12,11 +12,11 @@ from typing import BinaryIO
 import msgspec
 
 from banger.errors import Cancelled, InvalidImage, InvalidRequest, from_os_error
-from banger.images import base, custom, magic, store
+from banger.images import base, custom, magic, seed, store
 from banger.images.store import Details
 from banger.model import Artifact
 
-VERSION = 1
+VERSION = 2
 """Counts changes of what is made from a file; part of the digest."""
 
 _PIECE = 4 << 20
@@ -28,6 +28,7 @@ def register(
     name: str,
     cache: Path,
     *,
+    take_seed: seed.Take = seed.take,
     announce: Callable[[str], None] = lambda _: None,
     cancelled: Callable[[], bool] = lambda: False,
 ) -> Artifact:
@@ -45,6 +46,7 @@ def register(
 
     def make(staging: Path) -> Details:
         (staging / base.FILE).symlink_to(file)
+        take_seed(file, found, staging / seed.FILE, cancelled=cancelled)
         return {"format": found, "file": str(file), "file_sha256": sha256, **before}
 
     digest = _digest("registered", name, str(file), sha256, before)
@@ -79,6 +81,7 @@ def promote(
     image: Artifact,
     cache: Path,
     *,
+    take_seed: seed.Take = seed.take,
     announce: Callable[[str], None] = lambda _: None,
     progress: Callable[[str], None] = lambda _: None,
     cancelled: Callable[[], bool] = lambda: False,
@@ -99,7 +102,9 @@ def promote(
         _copy(image.path / base.FILE, copy, cancelled)
         if _sha256(copy, cancelled) != sha256:
             raise InvalidImage(f"The file {image.details['file']!r} changed since it was registered.")
-        return {"format": image.details["format"], "sha256": sha256}
+        form = magic.root_format(copy)
+        take_seed(copy, form, staging / seed.FILE, cancelled=cancelled)
+        return {"format": form, "sha256": sha256}
 
     digest = _digest("own", image.name, sha256)
     announce(digest)

@@ -5,21 +5,32 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from banger.images import base, cache
+import msgspec
+
+from banger import config
+from banger.images import base, cache, seed
 from banger.images.layers import flatten
 from banger.images.remote import registry
+from banger.images.remote.blobs import Blob, find
 from banger.images.remote.oci import Pulled
+from banger.images.remote.reference import parse
 
 Details = dict[str, str | int | list[str]]
 MAX_WARNINGS = 20
 
 
 def fetch(
-    reference: str, blobs: Path, *, progress: Callable[[str], None], cancelled: Callable[[], bool]
+    reference: str,
+    blobs: Path,
+    *,
+    limits: config.Limits,
+    progress: Callable[[str], None],
+    cancelled: Callable[[], bool],
 ) -> Pulled:
     """Make it so that the blobs of an image are here; see `registry.pull`."""
+    bounds = registry.Limits.of(limits)
     with cache.using(blobs.parent):
-        return registry.pull(reference, blobs, progress=progress, cancelled=cancelled)
+        return registry.pull(reference, blobs, limits=bounds, progress=progress, cancelled=cancelled)
 
 
 def make(
@@ -27,19 +38,26 @@ def make(
     staging: Path,
     name: str,
     *,
+    blobs: Path,
+    limits: config.Limits,
     progress: Callable[[str], None],
     cancelled: Callable[[], bool],
 ) -> Details:
     """Fill an artifact's staging directory from layers, and say what it is made of.
 
-    Raises InvalidImage for what no honest image has, and what `flatten` and `base.make` raise.
+    Layers that were pruned since they came are fetched again. Raises InvalidImage for what no honest
+    image has, and what `fetch`, `flatten` and `base.make` raise.
     """
-    archive = staging / "root.tar"
-    progress(f"joining {len(pulled.layers)} layers")
-    flat = flatten.flatten(pulled.layers, archive, progress=progress, cancelled=cancelled)
+    archive, bounds = staging / "root.tar", flatten.Limits.of(limits)
+    with cache.using(blobs.parent):
+        if any(find(blobs, Blob(digest=layer.digest, size=layer.size)) is None for layer in pulled.layers):
+            fetch(_pinned(pulled), blobs, limits=limits, progress=progress, cancelled=cancelled)
+        progress(f"joining {len(pulled.layers)} layers")
+        flat = flatten.flatten(pulled.layers, archive, limits=bounds, progress=progress, cancelled=cancelled)
     progress(f"writing the file system: {flat.entries} entries")
     made = base.make(archive, staging / base.FILE, label=name, cancelled=cancelled)
     archive.unlink()
+    seed.take_of_ours(staging / base.FILE, staging / seed.FILE, cancelled=cancelled)
     return {
         "reference": pulled.reference,
         "manifest": pulled.digest,
@@ -53,3 +71,8 @@ def make(
         "cmd": list(pulled.config.cmd),
         "warnings": list(flat.warnings[:MAX_WARNINGS]),
     }
+
+
+def _pinned(pulled: Pulled) -> str:
+    """Name exactly this image: its tag may have another by now."""
+    return str(msgspec.structs.replace(parse(pulled.reference), digest=pulled.digest))

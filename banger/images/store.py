@@ -97,6 +97,29 @@ def build(
     return found
 
 
+def add(image: Artifact, file: str, make: Callable[[Path], None], cancelled: Callable[[], bool]) -> Path:
+    """Make it so that a published artifact has one more file, whole; `make` writes it. Gives its path.
+
+    Raises what `make` raises (DiskFull for a full disk), and Cancelled.
+    """
+    place = image.path
+    with _locked(_lock(place), cancelled):
+        _sweep(place.parent, image.digest)  # one that died as late as it could has left its directory
+        if (place / file).exists():
+            return place / file
+        staging = Path(tempfile.mkdtemp(prefix=f"{_BUILDING}{image.digest}-", dir=place.parent))
+        try:
+            make(staging / file)
+            _flush(staging / file)
+            (staging / file).rename(place / file)
+            _flush(place)
+        except OSError as error:
+            raise from_os_error(error) from error
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+    return place / file
+
+
 def delete(cache: Path, kind: str, digest: str) -> None:
     """Make it so that the artifact is gone: renamed aside first, so that nobody finds half of it."""
     place = _place(cache, kind, digest)

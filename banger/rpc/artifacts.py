@@ -18,7 +18,7 @@ from banger.images.remote import reference as references
 from banger.model import check_artifact_name
 from banger.rpc import asking, views
 from banger.rpc import protocol as p
-from banger.tasks import artifacts
+from banger.tasks import artifacts, supply
 from banger.tasks.pipeline import Pipeline
 
 
@@ -69,7 +69,12 @@ class Artifacts:
     def _whole(self, kind: str, name: str) -> dict[str, Any]:
         """Show one, and which operation made it."""
         rows = self.log.read(stream=f"{kind}-{name}", kind="artifact.published", limit=1, newest=True)
-        return self.show(kind, name) | {"op": rows[0].op if rows else None}
+        kernel = {"kernel": self.kernel_of(name)} if kind == "image" else {}
+        return self.show(kind, name) | {"op": rows[0].op if rows else None, **kernel}
+
+    def kernel_of(self, image: str) -> str:
+        """Tell which kernel VMs of an image get that ask for none: one named for it, else the configured."""
+        return supply.named_kernel(self.log, image).get("vm_kernel", self.config.kernel)
 
     def show(self, kind: str, name: str) -> dict[str, Any]:
         """Show an image or kernel that is there or can be made. Raises NotFound."""
@@ -98,7 +103,7 @@ class Artifacts:
             raise AlreadyExists(
                 f"{name} is the name of a recipe.", hint="Give the image another one with --name."
             )
-        args = {"reference": str(wanted), "name": name}
+        args = {"reference": str(wanted), "name": name, **_vm_kernel(request)}
         kind, lane = request.method, f"image:{name}"
         joined = asking.under_way(self.log, kind, lane)
         if joined is not None and queries.whole_op(self.log, joined).args == args:
@@ -114,7 +119,10 @@ class Artifacts:
         name = check_artifact_name(request.name, kind)
         if name in _recipes(kind):
             raise AlreadyExists(f"{name} is the name of a recipe.", hint="Give it another name.")
-        args = {key: value for key, value in msgspec.to_builtins(request).items() if key != "key"}
+        given = msgspec.to_builtins(request)
+        args = {key: value for key, value in given.items() if key not in ("key", "vm_kernel")}
+        promotes = isinstance(request, p.ImagePromote)
+        args |= supply.named_kernel(self.log, name) if promotes else _vm_kernel(request)
         lane = f"{kind}:{name}"
         asked = self._pipelines[request.method].request(lane=lane, args=args, name=name)
         return {"op": self.log.request(asking.stamped(asked, request)), "name": name}
@@ -128,6 +136,12 @@ class Artifacts:
         pipeline: Pipeline = self._pipelines[f"{kind}.delete"]
         asked = pipeline.request(lane=f"{kind}:{name}", args={"kind": kind, "name": name}, name=name)
         return {"op": self.log.request(asked)}
+
+
+def _vm_kernel(request: p.Request) -> dict[str, str]:
+    """Give the kernel that was named for an image's VMs, if one was. Raises InvalidRequest."""
+    named = getattr(request, "vm_kernel", None)
+    return {} if named is None else {"vm_kernel": check_artifact_name(named, "kernel")}
 
 
 def _source(known: queries.ArtifactSummary | None) -> str | None:

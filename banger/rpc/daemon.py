@@ -30,6 +30,7 @@ from banger.guest.connections import Connections
 from banger.rpc import dns, health
 from banger.rpc.server import Server
 from banger.rpc.service import Service
+from banger.rpc.stale import Stale
 from banger.rpc.tail import Tail
 from banger.rpc.watch import Tethers, VmmWatch
 
@@ -72,7 +73,8 @@ class Daemon:
         self._tail = Tail(self._log)
         self._watch = VmmWatch(self._service, self._connections)
         self._tethers = Tethers(self._service)
-        self._tail.listeners.append(self._watch.heard)
+        self._stale = Stale(self._service, self._connections)
+        self._tail.listeners += [self._watch.heard, self._service.uses.heard]
 
     async def run(self, ready_fd: int | None) -> None:
         """Serve until `stopping` is set."""
@@ -165,6 +167,7 @@ class Daemon:
                 self._keep_house()
             self._watch.look_again()
             self._tethers.look_again()
+            self._stale.look()
 
 
 def main() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 
 from banger.config import Dirs
-from banger.errors import NotFound, WrongState
+from banger.errors import BangerError, NotFound, WrongState
 from banger.events import queries
 from banger.events import vocabulary as ev
 from banger.events.fold import Op
@@ -17,6 +17,7 @@ from banger.rpc import protocol as p
 from banger.rpc import views
 from banger.tasks.audit import SWEEP, audit
 from banger.tasks.pipeline import Pipeline
+from banger.tasks.root import Root, audit_of
 
 
 class Operations:
@@ -28,8 +29,10 @@ class Operations:
         dirs: Dirs,
         pipelines: Mapping[str, Pipeline],
         create: Callable[..., dict[str, Any]],
+        root: Root,
     ):
         self._log = log
+        self._root = root
         self._pipelines = pipelines
         self._create = create
         self.answers: dict[type[p.Request], Callable[[Any], dict[str, Any]]] = {
@@ -39,7 +42,7 @@ class Operations:
             p.OpsRetry: self._retry,
             p.OpsRetryUndo: self._retry_undo,
             p.OpsAbandon: self._abandon,
-            p.OpsAudit: lambda _: msgspec.to_builtins(audit(log, dirs)),
+            p.OpsAudit: lambda _: msgspec.to_builtins(audit(log, dirs, root)),
             p.OpsSweep: lambda _: {"op": log.request(SWEEP.request(lane="host"))},
         }
 
@@ -52,7 +55,19 @@ class Operations:
     def _show(self, request: p.OpsShow) -> dict[str, Any]:
         summary = queries.find_op(self._log, request.op)
         ahead = queries.ahead_of(self._log, summary.id)
-        return {"op": views.op(summary, queries.whole_op(self._log, summary.id), ahead)}
+        op = queries.whole_op(self._log, summary.id)
+        return {"op": views.op(summary, op, ahead) | {"root": self._by_root(op)}}
+
+    def _by_root(self, op: Op) -> list[dict[str, Any]] | None:
+        """Give root's own account of an operation that asked for its help; None when it cannot tell."""
+        known = self._pipelines.get(op.kind)
+        asked = {step.name for step in known.steps if step.pool == "root"} if known else set()
+        if not any(step.name in asked and step.attempts for step in op.steps):
+            return []
+        try:
+            return audit_of(self._root, op.id)
+        except BangerError:
+            return None
 
     def _cancel(self, request: p.OpsCancel) -> dict[str, Any]:
         op = queries.find_op(self._log, request.op)
@@ -106,8 +121,15 @@ class Operations:
             return str(again["op"])
         if op.vm is not None and queries.vm(self._log, op.vm) is None:
             raise NotFound(f"The VM {op.name} is no more.", op=op_id)
-        asked_for = self._pipelines[op.kind].request(
-            lane=op.lane, args=op.args, vm=op.vm, name=op.name, needs=op.needs
+        pipeline = self._pipelines[op.kind]
+        had = {step.name for step in op.steps}
+        asked_for = pipeline.request(
+            lane=op.lane,
+            args=op.args,
+            vm=op.vm,
+            name=op.name,
+            needs=op.needs,
+            leave_out=frozenset(step.name for step in pipeline.steps) - had,
         )
         return self._log.request(asked_for)
 

@@ -9,12 +9,12 @@ refused by name.
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import msgspec
 
 from banger.errors import BangerError, InvalidRequest
-from banger.model import Value
+from banger.model import RootDisk, Value
 
 MAX_REQUEST = 1 << 20
 """Bytes of one request line."""
@@ -62,6 +62,8 @@ class VmCreate(Request):
     memory_mib: int | None = None
     disk_mib: int | None = None
     nat: bool | None = None
+    network: Literal["user", "bridge"] | None = None
+    root_disk: RootDisk | None = None
     start: bool = True
     ephemeral: bool = False
     join: bool = True
@@ -113,6 +115,20 @@ class VmDelete(ChangesVm):
     method = "vm.delete"
 
 
+class VmSet(ChangesVm):
+    """Change what it is asked to be -> {op, vm, name}. Sizes in MiB; what is left out stays.
+
+    NAT changes at once on a bridge, else from the next start; so do CPUs and memory. A disk only
+    grows, while the VM is stopped.
+    """
+
+    method = "vm.set"
+    nat: bool | None = None
+    vcpu: int | None = None
+    memory_mib: int | None = None
+    disk_mib: int | None = None
+
+
 class VmShow(OneVm):
     """Everything known of it -> {vm}."""
 
@@ -120,9 +136,54 @@ class VmShow(OneVm):
 
 
 class VmSsh(OneVm):
-    """How to reach it -> {argv}."""
+    """How to reach it: with ssh, or at an address -> {argv, host, port, host_key}."""
 
     method = "vm.ssh"
+
+
+class VmTouch(OneVm):
+    """Say that it is being used: what `auto_stop_stale_after` counts from -> {vm, name}."""
+
+    method = "vm.touch"
+
+
+class VmPrune(Request):
+    """Delete those of these VMs, by id, that are stopped or failed still -> {ops, left}."""
+
+    method = "vm.prune"
+    vms: list[str]
+
+
+class LooksInside(Request):
+    """A question that a guest answers, within seconds; it does not count as using the VM."""
+
+
+class VmPing(LooksInside):
+    """Whether it is alive: some round trips to its agent -> {vm, name, via, seconds}."""
+
+    method = "vm.ping"
+    vm: str
+
+
+class VmHealth(LooksInside):
+    """Whether it is well -> {vm, name, checks, ok}; a check has {name, status, detail, hint}."""
+
+    method = "vm.health"
+    vm: str
+
+
+class VmPorts(LooksInside):
+    """On which TCP ports something listens in it, what that speaks, how to reach it -> {vm, name, ports}."""
+
+    method = "vm.ports"
+    vm: str
+
+
+class VmStats(LooksInside):
+    """What VMs use, by their host and by themselves; of all that run, if none is named -> {stats}."""
+
+    method = "vm.stats"
+    vms: tuple[str, ...] = ()
 
 
 class VmTether(OneVm):
@@ -139,11 +200,42 @@ class VmLogs(OneVm):
     follow: bool = False
 
 
+class WorkspacePrepare(OneVm):
+    """Bring a repository of the host's into a running VM -> {op, vm, name}.
+
+    Its working tree as it is, with untracked files if asked for; or the commit `source` as `branch`.
+    """
+
+    method = "workspace.prepare"
+    repository: str
+    branch: str | None = None
+    source: str | None = None
+    untracked: bool = False
+    key: str | None = None
+
+
+class WorkspaceShow(OneVm):
+    """The workspace of a VM that runs, and how to read it -> {workspace, argv, base, limit_mib}."""
+
+    method = "workspace.show"
+
+
 class VmExec(OneVm):
-    """Run a command in it -> {}, then frames."""
+    """Run a command in it -> {}, then frames.
+
+    `raw` has the words in base64 where one is no UTF-8 (then `argv` is empty). After `timeout_s` seconds all
+    that it has started is ended. `plain` refuses a VM with a workspace: whether that is still what the host
+    has is for the client to see first.
+    """
 
     method = "vm.exec"
-    argv: list[str]
+    argv: tuple[str, ...] = ()
+    raw: tuple[bytes, ...] = ()
+    directory: str | None = None
+    environ: tuple[tuple[str, str], ...] = ()
+    user: str | None = None
+    timeout_s: float | None = None
+    plain: bool = False
     tty: bool = False
     term: str = "xterm"
     rows: int = 24
@@ -298,11 +390,15 @@ class ImageBuild(Request):
 
 
 class ImagePull(Request):
-    """Pull an image from a registry -> {op, name}. Without a name one is derived from the reference."""
+    """Pull an image from a registry -> {op, name}. Without a name one is derived from the reference.
+
+    Here and below `vm_kernel` names the kernel of the image's VMs; without one they get the configured one.
+    """
 
     method = "image.pull"
     reference: str
     name: str | None = None
+    vm_kernel: str | None = None
     key: str | None = None
 
 
@@ -312,6 +408,7 @@ class ImageRegister(Request):
     method = "image.register"
     name: str
     file: str
+    vm_kernel: str | None = None
     key: str | None = None
 
 
@@ -329,6 +426,7 @@ class ImageInstall(Request):
     method = "image.install"
     name: str
     bundle: dict[str, Any]
+    vm_kernel: str | None = None
     key: str | None = None
 
 

@@ -22,9 +22,11 @@ from banger.guest.connections import Connections
 from banger.rpc import exec as guest_exec
 from banger.rpc import protocol as p
 from banger.rpc import views
+from banger.rpc.inside import Inside
 from banger.rpc.service import Service
 from banger.rpc.tail import Tail
 from banger.rpc.watch import Tethers
+from banger.rpc.workspace import in_workspace
 
 CONSOLE_LOOK_S = 0.2
 CONSOLE_CHUNK = 64 * 1024
@@ -39,6 +41,7 @@ class Server:
         self._tail = tail
         self._connections = connections
         self._tethers = tethers
+        self._inside = Inside(service, connections)
 
     async def listen(self, path: Path) -> asyncio.Server:
         """Start serving on a socket that only its owner may open."""
@@ -95,6 +98,8 @@ class Server:
                 await _while_there(writer, self._logs(request, writer))
             case p.VmExec():
                 await _while_there(writer, self._exec(request, reader, writer))
+            case p.LooksInside():
+                await _while_there(writer, self._look(request, writer))
             case p.VmTether():
                 await self._tether(request, reader, writer)
             case p.VmTable(all=everything):
@@ -156,21 +161,25 @@ class Server:
             await asyncio.sleep(CONSOLE_LOOK_S)
         writer.write(p.result({}))
 
+    async def _look(self, request: p.LooksInside, writer: asyncio.StreamWriter) -> None:
+        writer.write(p.result(await self._inside.answer(request)))
+
     async def _exec(
         self, request: p.VmExec, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
     ) -> None:
-        async with self._connections.lease(self._service.target(request.vm)) as connection:
-            writer.write(p.result({}))
-            terminal = (request.term, request.rows, request.cols) if request.tty else None
-            try:
-                await guest_exec.run(
-                    connection, request.argv, terminal=terminal, reader=reader, writer=writer
-                )
-            except BangerError as error:
-                writer.write(guest_exec.frame(b"f", msgspec.json.encode(error.to_dict())))
-            except (ValueError, OverflowError) as error:  # msgspec's DecodeError, UnicodeError: a bad frame
-                bad = InvalidRequest(f"The frame is not valid: {error}")
-                writer.write(guest_exec.frame(b"f", msgspec.json.encode(bad.to_dict())))
+        target = self._service.target(request.vm)
+        workspace = queries.find_vm(self._service.log, request.vm).workspace
+        wanted = in_workspace(workspace, guest_exec.command(request))
+        if request.plain and workspace is not None:
+            raise WrongState("It has a workspace.")
+        writer.write(p.result({}))
+        try:
+            await guest_exec.serve(request, wanted, self._connections, target, reader, writer)
+        except BangerError as error:
+            writer.write(guest_exec.frame(b"f", msgspec.json.encode(error.to_dict())))
+        except (ValueError, OverflowError) as error:  # msgspec's DecodeError, UnicodeError: a bad frame
+            bad = InvalidRequest(f"The frame is not valid: {error}")
+            writer.write(guest_exec.frame(b"f", msgspec.json.encode(bad.to_dict())))
         # What is left of this connection is frames: none of it may be taken for a request.
         await writer.drain()
         writer.close()

@@ -5,35 +5,36 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import msgspec
 
 from banger import __version__, proc
 from banger import log as logging
-from banger.config import Config, Dirs, capacity, sizes
-from banger.errors import BangerError, InvalidRequest, WrongState
+from banger.config import Config, Dirs, capacity, dns_wanted, sizes
+from banger.errors import BangerError, WrongState
 from banger.events import queries, verify
 from banger.events import vocabulary as ev
 from banger.events.fold import Vm
 from banger.events.log import EventLog
 from banger.guest import ssh
 from banger.model import Needs, Resource, VmSpec, check_artifact_name, check_vm_name
-from banger.rpc import asking, views
+from banger.network import user
+from banger.rpc import asking, limits, prune, settings, views
 from banger.rpc import protocol as p
 from banger.rpc.artifacts import Artifacts
 from banger.rpc.names import random_name
 from banger.rpc.operations import Operations
 from banger.rpc.past import Past
-from banger.tasks import lost
+from banger.rpc.uses import Uses
+from banger.rpc.workspace import Workspaces
+from banger.tasks import lost, monitor, network, snapshot
 from banger.tasks.registry import pipelines
+from banger.tasks.root import Pool, Root
+from banger.tasks.settings import not_for
 from banger.tasks.vm import ONLY_MAKE
-from banger.vmm import qemu
 
-MAX_VCPU = 64
-MIN_MEMORY_MIB = 128
-MIN_DISK_MIB = 64
-MAX_DISK_MIB = 16 << 20
 FRESH_DISK_MIB = 64
 """What a new VM writes before its guest does anything: its disks are sparse."""
 DESIRED = {
@@ -48,13 +49,24 @@ DESIRED = {
 class Service:
     """The plain methods: one request, one answer."""
 
-    def __init__(self, dirs: Dirs, config: Config, log: EventLog, *, since_us: int, stop: Callable[[], None]):
+    def __init__(
+        self,
+        dirs: Dirs,
+        config: Config,
+        log: EventLog,
+        *,
+        since_us: int,
+        stop: Callable[[], None],
+        root: Root | None = None,
+    ):
         self.dirs = dirs
         self.config = config
         self.log = log
+        self.uses = Uses()
         self._since_us = since_us
         self._stop = stop
         self._pipelines = pipelines()
+        self._root = root = root or Pool(Path(config.root_socket))
         self._shelf = Artifacts(log, dirs, config, self._pipelines)
         self._answers: dict[type[p.Request], Callable[[Any], dict[str, Any]]] = {
             p.Hello: self._hello,
@@ -66,12 +78,16 @@ class Service:
             p.VmRestart: self._vm_change,
             p.VmKill: self._vm_change,
             p.VmDelete: self._vm_delete,
+            p.VmSet: self._vm_set,
             p.VmShow: self._vm_show,
             p.VmSsh: self._vm_ssh,
+            p.VmTouch: self._vm_touch,
+            p.VmPrune: lambda request: prune.prune(self, request),
             p.VmList: lambda _: {"vms": self.vm_views()},
             **self._shelf.answers,
-            **Operations(log, dirs, self._pipelines, self._create).answers,
+            **Operations(log, dirs, self._pipelines, self._create, root).answers,
             **Past(log).answers,
+            **Workspaces(log, dirs, self._pipelines, self.target).answers,
         }
 
     def answer(self, request: p.Request) -> dict[str, Any]:
@@ -144,7 +160,7 @@ class Service:
                 name=spec.name,
                 args={"start": start, **({"reference": reference} if reference else {})},
                 needs=_needs(spec, make=True, start=start),
-                leave_out=frozenset() if start else ONLY_MAKE,
+                leave_out=self._not_for(spec, start=start) | (frozenset() if start else ONLY_MAKE),
             )
             # The name is taken from here on, so the first step counts as started from here on.
             started = ev.StepStarted(
@@ -166,20 +182,20 @@ class Service:
         spec = VmSpec(
             name=check_vm_name(request.name) if request.name is not None else random_name(taken),
             image=image,
-            kernel=check_artifact_name(request.kernel or self.config.kernel, "kernel"),
+            kernel=check_artifact_name(request.kernel or self._shelf.kernel_of(image), "kernel"),
             vcpu=default.vcpu.value if request.vcpu is None else request.vcpu,
             memory_mib=default.memory_mib.value if request.memory_mib is None else request.memory_mib,
             disk_mib=default.disk_mib.value if request.disk_mib is None else request.disk_mib,
             nat=self.config.nat if request.nat is None else request.nat,
             ephemeral=request.ephemeral,
+            network=request.network or self.config.network,
+            root_disk=request.root_disk or self.config.root_disk,
         )
-        most = capacity(self.config, self.dirs)
-        _within("vcpu", spec.vcpu, 1, min(MAX_VCPU, most.vcpu))
-        _within("memory", spec.memory_mib, MIN_MEMORY_MIB, most.memory_mib, "MiB")
-        _within("disk-size", spec.disk_mib, MIN_DISK_MIB, MAX_DISK_MIB, "MiB")
+        limits.check(spec, capacity(self.config, self.dirs))
         if reference is None:
             self._shelf.show("image", spec.image)
         self._shelf.show("kernel", spec.kernel)
+        snapshot.check_offered(spec, self._root)
         return spec, reference
 
     def _vm_change(self, request: p.ChangesVm) -> dict[str, Any]:
@@ -190,11 +206,39 @@ class Service:
         joined = asking.under_way(self.log, kind, vm.id)
         if joined is not None:
             return asking.reply(self.log, joined)
-        needs = _needs(vm.spec, make=False, start=kind in ("vm.start", "vm.restart"))
-        asked = self._pipelines[kind].request(lane=vm.id, vm=vm.id, name=vm.spec.name, needs=needs)
+        start = kind in ("vm.start", "vm.restart")
+        asked = self._pipelines[kind].request(
+            lane=vm.id,
+            vm=vm.id,
+            name=vm.spec.name,
+            needs=_needs(vm.spec, make=False, start=start),
+            leave_out=self._not_for(vm.spec, start=start),
+        )
         wanted = (vm.id, ev.VmDesired(state=DESIRED[kind]))  # type: ignore[arg-type]
         op = self.log.request(asking.stamped(asked, request), wanted)
         return {"op": op, "vm": vm.id, "name": vm.spec.name}
+
+    def _vm_set(self, request: p.VmSet) -> dict[str, Any]:
+        """Ask for it to be something else; what cannot be is refused before anything is done."""
+        vm = queries.find_vm(self.log, request.vm)
+        changes = settings.wanted(vm, request, capacity(self.config, self.dirs))
+        asked = self._pipelines["vm.set"].request(
+            lane=vm.id,
+            vm=vm.id,
+            name=vm.spec.name,
+            args=changes,
+            needs=settings.needs(self.dirs.vm(vm.id), changes),
+            leave_out=not_for(changes),
+        )
+        op = self.log.request(asking.stamped(asked, request))
+        return {"op": op, "vm": vm.id, "name": vm.spec.name}
+
+    def _not_for(self, spec: VmSpec, *, start: bool = False) -> frozenset[str]:
+        """Give the names of the steps that an operation on such a VM has no use for."""
+        left_out = network.not_for(spec, names_wanted=dns_wanted(self.config)) | snapshot.not_for(spec)
+        if not start:
+            return left_out
+        return left_out | monitor.LEFT_OUT[monitor.choose(spec, self.config, self.dirs, self._root)]
 
     def _vm_delete(self, request: p.VmDelete) -> dict[str, Any]:
         """Delete a VM in any state: what is under way for it is cancelled and undone first."""
@@ -211,7 +255,7 @@ class Service:
         """Take back the VMs that are on the disk and of which the log has never heard."""
         for record in list(lost.find(self.log, self.dirs)):
             asked = lost.RECOVER.request(lane=record.vm, vm=record.vm, name=record.spec.name)
-            runs = any(vmm.vm == record.vm for vmm in qemu.running(self.dirs.runtime))
+            runs = lost.is_running(record, self.dirs, self._root)
             reserved = ev.VmReserved(spec=record.spec, host=socket.gethostname())
             wanted = ev.VmDesired(state="running" if runs else "stopped")
             try:
@@ -222,7 +266,12 @@ class Service:
     def bury(self, vm: Vm) -> None:
         """Ask for the release of what a VM held whose VMM died by itself."""
         if queries.active_ops(self.log).get(vm.id) is None:
-            self.log.request(self._pipelines["vm.bury"].request(lane=vm.id, vm=vm.id, name=vm.spec.name))
+            leave_out = self._not_for(vm.spec)
+            self.log.request(
+                self._pipelines["vm.bury"].request(
+                    lane=vm.id, vm=vm.id, name=vm.spec.name, leave_out=leave_out
+                )
+            )
 
     def _vm_show(self, request: p.VmShow) -> dict[str, Any]:
         vm = queries.find_vm(self.log, request.vm)
@@ -237,6 +286,9 @@ class Service:
                 "kernel_digest": vm.kernel_digest,
                 "directory": str(paths.directory),
                 "console": str(paths.console),
+                "vmm": self._vmm(vm),
+                **self.uses.shown(vm, self.config),
+                **settings.shown(self.log, vm),
                 "resources": [
                     {"kind": r.kind, "id": r.id, "state": r.state, "op": r.op}
                     for r in queries.resources(self.log, vm_id=vm.id)
@@ -248,12 +300,35 @@ class Service:
             }
         }
 
-    def _vm_ssh(self, request: p.VmSsh) -> dict[str, Any]:
-        return {"argv": ssh.argv(self.target(request.vm))}
+    def _vmm(self, vm: Vm) -> str | None:
+        """Tell which machine monitor runs a VM: the one in a jail, or the one without."""
+        if vm.process is None:
+            return None
+        in_jail = any(held.kind == "jail" for held in queries.resources(self.log, vm_id=vm.id))
+        return "firecracker" if in_jail else "qemu"
 
-    def target(self, word: str) -> ssh.Target:
-        """Say how to reach a running VM. Raises NotFound, WrongState."""
+    def _vm_ssh(self, request: p.VmSsh) -> dict[str, Any]:
+        target = self.target(request.vm)
+        return {
+            "argv": ssh.argv(target),
+            "host": target.host,
+            "port": target.port,
+            "host_key": target.paths.known_hosts.read_text("ascii").split(" ", 1)[1].strip(),
+        }
+
+    def _vm_touch(self, request: p.VmTouch) -> dict[str, Any]:
+        vm = queries.find_vm(self.log, request.vm)
+        self.uses.touch(vm.id)
+        return {"vm": vm.id, "name": vm.spec.name}
+
+    def target(self, word: str, *, looking: bool = False) -> ssh.Target:
+        """Say how to reach a running VM. It is being used then, unless someone is only `looking`.
+
+        Raises NotFound, WrongState.
+        """
         vm = queries.find_vm(self.log, word)
+        if not looking:
+            self.uses.touch(vm.id)
         if vm.state != "running" or vm.ssh_port is None or vm.process is None:
             active = queries.active_ops(self.log).get(vm.id)
             if active is not None:
@@ -267,7 +342,13 @@ class Service:
             raise WrongState(
                 f"The VMM of {vm.spec.name} has ended.", hint=f"`banger vm start {vm.spec.name}`"
             )
-        return ssh.Target(vm=vm.id, port=vm.ssh_port, paths=self.dirs.vm(vm.id), key=self.dirs.user_key)
+        return ssh.Target(
+            vm=vm.id,
+            host=vm.address or user.HOST_ADDRESS,
+            port=vm.ssh_port,
+            paths=self.dirs.vm(vm.id),
+            key=self.dirs.user_key,
+        )
 
 
 def _needs(spec: VmSpec, *, make: bool, start: bool) -> Needs:
@@ -277,12 +358,3 @@ def _needs(spec: VmSpec, *, make: bool, start: bool) -> Needs:
         vcpu=spec.vcpu if start else 0,
         disk_mib=FRESH_DISK_MIB if make else 0,
     )
-
-
-def _within(what: str, value: int, least: int, most: int, unit: str = "") -> None:
-    if not least <= value <= most:
-        raise InvalidRequest(
-            f"--{what} {value}{unit} is not possible.",
-            hint=f"Give a number from {least} to {most}{' ' + unit if unit else ''}."
-            + (" capacity_memory_mib and capacity_vcpu in config.toml bound it." if value > most else ""),
-        )

@@ -41,10 +41,14 @@ def vm(vm: Vm, active: OpSummary | None, *, stuck: bool = False, then: bool = Fa
         "ephemeral": vm.spec.ephemeral,
         "created_us": vm.created_us,
         "started_us": vm.started_us,
+        "network": vm.spec.network,
+        "root_disk": vm.spec.root_disk,
+        "address": vm.address,
         "ssh_port": vm.ssh_port,
         "pid": vm.process.pid if vm.process else None,
         "accelerator": vm.accelerator,
         "reason": vm.reason,
+        "workspace": None if vm.workspace is None else msgspec.to_builtins(vm.workspace),
         "op": active.id if active else None,
         "waits_for": active.reason if active else None,
     }
@@ -64,7 +68,7 @@ def _state(vm: Vm, active: OpSummary | None, *, stuck: bool) -> str:
 
 def vm_table(rows: list[dict[str, Any]]) -> str:
     """Lay out VMs as `banger ps` shows them."""
-    header = ("NAME", "STATE", "IMAGE", "CPU", "MEMORY", "UP", "SSH")
+    header = ("NAME", "STATE", "IMAGE", "CPU", "MEMORY", "UP", "SSH", "WORKSPACE")
     return "".join(
         line + "\n"
         for line in layout.table(
@@ -77,7 +81,8 @@ def vm_table(rows: list[dict[str, Any]]) -> str:
                     row["vcpu"],
                     layout.size(row["memory_mib"] << 20),
                     layout.ago(row["started_us"]),
-                    f"127.0.0.1:{row['ssh_port']}" if row["ssh_port"] else None,
+                    f"{row['address'] or '127.0.0.1'}:{row['ssh_port']}" if row["ssh_port"] else None,
+                    row["workspace"]["path"] if row["workspace"] else None,
                 )
                 for row in rows
             ],

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
+import msgspec
+
 from banger.errors import Cancelled
-from banger.storage import archive as archives
 from banger.storage.archive import Entry
 from banger.storage.libext2fs import ROOT, FileSystem, Metadata
 
@@ -15,15 +16,30 @@ LOOK_EVERY = 256
 _LOST = b"lost+found"
 
 
-def fill(fs: FileSystem, archive: Path, cancelled: Callable[[], bool]) -> None:
-    """Make every entry of the archive in an empty file system. Raises DiskFull, ProgramFailed, Cancelled."""
+def fill(
+    fs: FileSystem, entries: Iterable[Entry], archive: Path, cancelled: Callable[[], bool] = lambda: False
+) -> None:
+    """Make an archive's entries in an empty file system. Raises DiskFull, ProgramFailed, Cancelled."""
     tree = _Tree(fs)
     fs.remove_empty(ROOT, _LOST)  # the image may have one of its own, of any type
     with archive.open("rb") as content:
-        for number, entry in enumerate(archives.entries(archive)):
+        for number, entry in enumerate(entries):
             if number % LOOK_EVERY == 0 and cancelled():
                 raise Cancelled("Writing the file system was ended.")
             tree.add(entry, content.fileno())
+
+
+def below(directory: bytes, entries: Iterable[Entry]) -> Iterator[Entry]:
+    """Give what is below a directory, and no more, by paths that begin there."""
+    prefix = directory + b"/"
+    for entry in entries:
+        if entry.path.startswith(prefix):
+            first = entry.same_as
+            yield msgspec.structs.replace(
+                entry,
+                path=entry.path.removeprefix(prefix),
+                same_as=None if first is None else first.removeprefix(prefix),
+            )
 
 
 class _Tree:

@@ -91,33 +91,33 @@ class FileSystem:
 
     def __init__(self, path: Path):
         self._fs = c_void_p()
-        manager = c_void_p.in_dll(_library(), "unix_io_manager")
+        manager = c_void_p.in_dll(loaded(), "unix_io_manager")
         flags = _OPEN_RW | _OPEN_64BITS | _OPEN_EXCLUSIVE
-        _call("ext2fs_open", os.fsencode(path), c_int(flags), c_int(0), c_uint(0), manager, byref(self._fs))
-        _call("ext2fs_read_bitmaps", self._fs)
+        call("ext2fs_open", os.fsencode(path), c_int(flags), c_int(0), c_uint(0), manager, byref(self._fs))
+        call("ext2fs_read_bitmaps", self._fs)
         self._fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)  # for content, past the library
 
     def close(self) -> None:
         """Write what is not written yet, and the bitmaps."""
         os.close(self._fd)
-        _call("ext2fs_close_free", byref(self._fs))
+        call("ext2fs_close_free", byref(self._fs))
 
     def abandon(self) -> None:
         """Forget it as it is: half written."""
         os.close(self._fd)
-        _library().ext2fs_free(self._fs)
+        loaded().ext2fs_free(self._fs)
 
     def directory(self, parent: int, what: Metadata) -> int:
         """Make a directory that has no name yet; give its inode."""
         inode = self._new_inode(parent, what.mode)
-        _call("ext2fs_mkdir", self._fs, c_uint(parent), c_uint(inode), None)
+        call("ext2fs_mkdir", self._fs, c_uint(parent), c_uint(inode), None)
         self.set_metadata(inode, what)
         return inode
 
     def symlink(self, parent: int, target: bytes, what: Metadata) -> int:
         """Make a symbolic link that has no name yet; give its inode."""
         inode = self._new_inode(parent, what.mode)
-        _call("ext2fs_symlink", self._fs, c_uint(parent), c_uint(inode), None, target)
+        call("ext2fs_symlink", self._fs, c_uint(parent), c_uint(inode), None, target)
         self.set_metadata(inode, what)
         return inode
 
@@ -135,7 +135,7 @@ class FileSystem:
         inode = self._make(parent, what, _NO_EXTENTS, _EXTENTS_FLAG)
         if what.size:
             blocks = -(-what.size // BLOCK)
-            _call(
+            call(
                 "ext2fs_fallocate", self._fs, c_int(_ALLOCATE_WRITTEN), c_uint(inode), None,
                 c_uint64(_ANYWHERE), c_uint64(0), c_uint64(blocks),
             )  # fmt: skip
@@ -147,17 +147,17 @@ class FileSystem:
     def link(self, directory: int, name: bytes, inode: int, mode: int) -> None:
         """Give an inode of this type a name in a directory; the number of its links is not changed."""
         words = (self._fs, c_uint(directory), name, c_uint(inode), c_int(_KINDS[stat.S_IFMT(mode)]))
-        code = _library().ext2fs_link(*words)
+        code = loaded().ext2fs_link(*words)
         if code == _NO_SPACE_IN_DIRECTORY:
-            _call("ext2fs_expand_dir", self._fs, c_uint(directory))
-            code = _library().ext2fs_link(*words)
-        _check(code)
+            call("ext2fs_expand_dir", self._fs, c_uint(directory))
+            code = loaded().ext2fs_link(*words)
+        check(code)
 
     def lookup(self, directory: int, name: bytes) -> int:
         """Give the inode that has this name in a directory."""
         found = c_uint()
         words = (self._fs, c_uint(directory), name, c_int(len(name)), None, byref(found))
-        _call("ext2fs_lookup", *words)
+        call("ext2fs_lookup", *words)
         return found.value
 
     def count_link(self, inode: int) -> None:
@@ -176,12 +176,12 @@ class FileSystem:
     def set_xattrs(self, inode: int, values: dict[bytes, bytes]) -> None:
         """Give a file extended attributes, by their full names (`user.x`)."""
         handle = c_void_p()
-        _call("ext2fs_xattrs_open", self._fs, c_uint(inode), byref(handle))
+        call("ext2fs_xattrs_open", self._fs, c_uint(inode), byref(handle))
         try:
             for name, value in values.items():
-                _call("ext2fs_xattr_set", handle, name, value, ctypes.c_size_t(len(value)))
+                call("ext2fs_xattr_set", handle, name, value, ctypes.c_size_t(len(value)))
         finally:
-            _call("ext2fs_xattrs_close", byref(handle))
+            call("ext2fs_xattrs_close", byref(handle))
         # A large value has an inode of its own, whose blocks the library does not count here.
         if blocks := sum(-(-len(value) // BLOCK) for value in values.values() if len(value) > _LARGE_XATTR):
             content = self._read(inode)
@@ -192,20 +192,20 @@ class FileSystem:
     def remove_empty(self, directory: int, name: bytes) -> None:
         """Remove an empty directory: `lost+found`, which mkfs makes."""
         inode = self.lookup(directory, name)
-        _call("ext2fs_unlink", self._fs, c_uint(directory), name, c_uint(inode), c_int(0))
-        _call("ext2fs_punch", self._fs, c_uint(inode), None, None, c_uint64(0), c_uint64(_ANYWHERE))
+        call("ext2fs_unlink", self._fs, c_uint(directory), name, c_uint(inode), c_int(0))
+        call("ext2fs_punch", self._fs, c_uint(inode), None, None, c_uint64(0), c_uint64(_ANYWHERE))
         content = self._read(inode)
         struct.pack_into("<H", content, 26, 0)
         struct.pack_into("<I", content, 20, 1)  # when it was deleted: anything but zero
         self._write(inode, content)
-        _library().ext2fs_inode_alloc_stats2(self._fs, c_uint(inode), c_int(-1), c_int(1))
+        loaded().ext2fs_inode_alloc_stats2(self._fs, c_uint(inode), c_int(-1), c_int(1))
         parent = self._read(directory)
         struct.pack_into("<H", parent, 26, struct.unpack_from("<H", parent, 26)[0] - 1)
         self._write(directory, parent)
 
     def _new_inode(self, parent: int, mode: int) -> int:
         found = c_uint()
-        _call("ext2fs_new_inode", self._fs, c_uint(parent), c_int(mode), None, byref(found))
+        call("ext2fs_new_inode", self._fs, c_uint(parent), c_int(mode), None, byref(found))
         return found.value
 
     def _make(self, parent: int, what: Metadata, place: bytes, flags: int) -> int:
@@ -219,33 +219,33 @@ class FileSystem:
         struct.pack_into("<I", content, 108, what.size >> 32)
         struct.pack_into("<H", content, 128, _EXTRA_SIZE)
         _put_metadata(content, what)
-        _library().ext2fs_inode_alloc_stats2(self._fs, c_uint(inode), c_int(1), c_int(0))
+        loaded().ext2fs_inode_alloc_stats2(self._fs, c_uint(inode), c_int(1), c_int(0))
         self._write(inode, content)
         return inode
 
     def _extents(self, inode: int) -> Iterator[_Extent]:
         handle, extent = c_void_p(), _Extent()
-        _call("ext2fs_extent_open2", self._fs, c_uint(inode), None, byref(handle))
+        call("ext2fs_extent_open2", self._fs, c_uint(inode), None, byref(handle))
         try:
             where = _EXTENT_ROOT
             while True:
-                code = _library().ext2fs_extent_get(handle, c_int(where), byref(extent))
+                code = loaded().ext2fs_extent_get(handle, c_int(where), byref(extent))
                 if code == _NO_NEXT_EXTENT:
                     return
-                _check(code)
+                check(code)
                 if extent.flags & _EXTENT_IS_LEAF:
                     yield extent
                 where = _EXTENT_NEXT_LEAF
         finally:
-            _library().ext2fs_extent_free(handle)
+            loaded().ext2fs_extent_free(handle)
 
     def _read(self, inode: int) -> bytearray:
         content = ctypes.create_string_buffer(INODE_SIZE)
-        _call("ext2fs_read_inode_full", self._fs, c_uint(inode), content, c_int(INODE_SIZE))
+        call("ext2fs_read_inode_full", self._fs, c_uint(inode), content, c_int(INODE_SIZE))
         return bytearray(content.raw)
 
     def _write(self, inode: int, content: bytearray) -> None:
-        _call("ext2fs_write_inode_full", self._fs, c_uint(inode), bytes(content), c_int(INODE_SIZE))
+        call("ext2fs_write_inode_full", self._fs, c_uint(inode), bytes(content), c_int(INODE_SIZE))
 
 
 def _put_metadata(content: bytearray, what: Metadata) -> None:
@@ -271,7 +271,8 @@ def _copy(source: int, offset: int, target: int, place: int, size: int) -> None:
 
 
 @functools.cache
-def _library() -> Any:
+def loaded() -> Any:
+    """Load the library, once. Raises HostLacks."""
     try:
         library = ctypes.CDLL(_LOADED[0])
     except OSError:
@@ -284,13 +285,15 @@ def _library() -> Any:
     return library
 
 
-def _call(function: str, *words: Any) -> None:
-    called = getattr(_library(), function)
+def call(function: str, *words: Any) -> None:
+    """Call a function that gives an error's number. Raises ProgramFailed, DiskFull."""
+    called = getattr(loaded(), function)
     called.restype = c_long
-    _check(called(*words))
+    check(called(*words))
 
 
-def _check(code: int) -> None:
+def check(code: int) -> None:
+    """Raise what an error's number stands for; 0 is none. Raises ProgramFailed, DiskFull."""
     if code:
         message = ctypes.CDLL(_LOADED[1]).error_message
         message.restype, message.argtypes = c_char_p, (c_long,)
@@ -299,4 +302,4 @@ def _check(code: int) -> None:
             raise DiskFull
         if code in _FULL:
             raise DiskFull(f"The file system that is being made is full: {text}.")
-        raise ProgramFailed(f"The file system could not be written: {text}.")
+        raise ProgramFailed(f"The file system could not be used: {text}.")

@@ -51,13 +51,17 @@ def _build(ctx: Ctx, maker: Maker[R], recipe: R) -> None:
 
 
 def publish(ctx: Ctx, artifact: Artifact) -> None:
-    """Record that an artifact is in the cache, under its name."""
+    """Record that an artifact is in the cache, under its name; an image also with its VMs' kernel, if named.
+
+    The kernel is no part of the artifact: images of one digest may have different ones.
+    """
+    kernel = ctx.args.get("vm_kernel")
     published = ev.ArtifactPublished(
         kind=artifact.kind,
         name=artifact.name,
         digest=artifact.digest,
         size_bytes=artifact.size_bytes,
-        details=msgspec.to_builtins(artifact.details),
+        details=msgspec.to_builtins(artifact.details) | ({"kernel": kernel} if kernel else {}),
     )
     ctx.emit(f"{artifact.kind}-{artifact.name}", published)
 

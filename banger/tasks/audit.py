@@ -9,13 +9,16 @@ from pathlib import Path
 from typing import Any
 
 from banger.config import Dirs
+from banger.errors import HelperDown
 from banger.events import queries
 from banger.events import vocabulary as ev
 from banger.events.log import EventLog
+from banger.helper.requests import JailRemove, NatDisable, SnapshotRemove, TapRemove
 from banger.model import Resource, Value
-from banger.tasks import lost
+from banger.tasks import lost, root
 from banger.tasks.context import Ctx
 from banger.tasks.pipeline import Pipeline, Step
+from banger.tasks.root import Root
 from banger.vmm import qemu
 from banger.vmm.driver import Running
 
@@ -37,7 +40,8 @@ class Audit(Value):
     """How often something was acquired and released since the log began, and what does not add up.
 
     `leaked` is on the host and in nobody's ledger; `missing` is in the ledger and not on the host.
-    What an operation works on at this moment is left out: it may be on either side.
+    What an operation works on at this moment is left out: it may be on either side. `unseen` tells
+    why what root makes was not looked at, if it was not.
     """
 
     acquired: int
@@ -45,14 +49,18 @@ class Audit(Value):
     held: int
     leaked: tuple[Finding, ...]
     missing: tuple[Finding, ...]
+    unseen: str | None = None
 
 
-def audit(log: EventLog, dirs: Dirs, running: Callable[[Path], Iterable[Running]] = qemu.running) -> Audit:
+def audit(
+    log: EventLog, dirs: Dirs, root: Root, running: Callable[[Path], Iterable[Running]] = qemu.running
+) -> Audit:
     """Look at the host and at the ledger. Images and kernels are the cache's affair and left out."""
-    leaked, missing = _compare(log, dirs, running)
+    look = Look(log, dirs, root, running)
+    leaked, missing = look.compare()
     if leaked or missing:
         # An operation may have ended between the look at the host and the look at the ledger.
-        again = _compare(log, dirs, running)
+        again = look.compare()
         leaked, missing = _both(leaked, again[0]), _both(missing, again[1])
     acquired, released, held = queries.ledger_counts(log)
     return Audit(
@@ -61,6 +69,7 @@ def audit(log: EventLog, dirs: Dirs, running: Callable[[Path], Iterable[Running]
         held=held,
         leaked=_findings(log, leaked),
         missing=_findings(log, missing),
+        unseen=look.unseen,
     )
 
 
@@ -68,12 +77,54 @@ Owned = dict[Resource, str]
 """Resources, and the id of the VM of each."""
 
 
-def _compare(log: EventLog, dirs: Dirs, running: Callable[[Path], Iterable[Running]]) -> tuple[Owned, Owned]:
-    # What is on the disk of a VM that the log has lost is that VM's.
-    busy = {*queries.active_ops(log), *(record.vm for record in lost.find(log, dirs))}
-    real = {each: vm for each, vm in on_host(log, dirs, running) if vm not in busy}
-    ours = {each: vm for each, vm in _in_ledger(log) if vm not in busy}
-    return _without(real, ours), _without(ours, real)
+ROOTS = ("tap", "nat", "bridge", "jail", "snapshot", "loop")
+"""The kinds that only root can make, and list."""
+
+
+class Look:
+    """One look, or a second one, at both sides; what root has made is left out where it does not answer."""
+
+    def __init__(self, log: EventLog, dirs: Dirs, root: Root, running: Callable[[Path], Iterable[Running]]):
+        self.unseen: str | None = None
+        self._log = log
+        self._dirs = dirs
+        self._root = root
+        self._running = running
+
+    def compare(self) -> tuple[Owned, Owned]:
+        """Give what is on the host only, and what is in the ledger only."""
+        # What is on the disk of a VM that the log has lost is that VM's.
+        busy = {*queries.active_ops(self._log), *(each.vm for each in lost.find(self._log, self._dirs))}
+        found = [*on_host(self._log, self._dirs, self._running), *self._made_by_root()]
+        real = {each: vm for each, vm in found if vm not in busy}
+        ours = {each: vm for each, vm in _in_ledger(self._log) if vm not in busy and self._seen(each, vm)}
+        return _without(real, ours), _without(ours, real)
+
+    def _made_by_root(self) -> Iterable[tuple[Resource, str]]:
+        """List root's part. Where no VM of ours is on a bridge, there may be no root's pool either."""
+        try:
+            made = list(root.made(self._root))
+        except HelperDown as error:
+            if any(held.kind in ROOTS for held in queries.resources(self._log)):
+                self.unseen = error.message
+            return []
+        has_taps = any(each.kind == "tap" for each in made)
+        on_loops = {each.vm for each in made if each.kind in ("snapshot", "jail")}
+        found = [
+            (Resource(kind=each.kind, id=each.id), each.vm)  # type: ignore[arg-type]  # one of ROOTS
+            for each in made
+            if each.kind in ROOTS
+            and not (each.kind == "bridge" and has_taps)
+            and not (each.kind == "loop" and each.vm in on_loops)
+        ]
+        return found + [(Resource(kind="address", id=each.address), each.vm) for each in made if each.address]
+
+    def _seen(self, resource: Resource, vm: str) -> bool:
+        """Tell whether it was looked for; the address of a VM in a jail is known to root."""
+        if self.unseen is None:
+            return True
+        in_jail = {held.vm for held in queries.resources(self._log) if held.kind == "jail"}
+        return resource.kind not in ROOTS and not (resource.kind == "address" and vm in in_jail)
 
 
 def _without(some: Owned, others: Owned) -> Owned:
@@ -104,7 +155,7 @@ def on_host(
             continue  # not made by banger
         yield Resource(kind="directory", id=str(directory)), directory.name
         paths = dirs.vm(directory.name)
-        for file in (paths.overlay, paths.work, paths.initrd):
+        for file in (paths.overlay, paths.cow, paths.work, paths.initrd):
             if file.exists():
                 yield Resource(kind="file", id=str(file)), directory.name
     for path in dirs.runtime.iterdir():
@@ -114,6 +165,8 @@ def on_host(
         yield Resource(kind="process", id=vmm.vm), vmm.vm
         if vmm.ssh_port is not None:
             yield Resource(kind="port", id=str(vmm.ssh_port)), vmm.vm
+        if vmm.address is not None:
+            yield Resource(kind="address", id=vmm.address), vmm.vm
 
 
 def _findings(log: EventLog, found: Owned) -> tuple[Finding, ...]:
@@ -128,22 +181,38 @@ def _finding(log: EventLog, resource: Resource, vm: str) -> Finding:
 
 def _sweep(ctx: Ctx) -> dict[str, Any]:
     """Remove what the audit finds to be nobody's, and nothing else of a VM that is somebody's."""
-    found = audit(ctx.log, ctx.dirs, ctx.world.running).leaked
+    found = audit(ctx.log, ctx.dirs, ctx.world.root, ctx.world.running).leaked
     # A VMM before its sockets and files, a file before its directory.
     for each in sorted(found, key=lambda finding: _ORDER.index(finding.kind)):
         _remove(ctx, each)
     return {"removed": [f"{each.kind} {each.id}" for each in found]}
 
 
-_ORDER = ("process", "port", "socket", "file", "directory", "name")
+_ORDER = (
+    *("process", "jail", "snapshot", "loop"),
+    *("port", "address", "socket", "nat", "tap", "bridge"),
+    *("file", "directory", "name"),
+)
+NO_VM = "vm-00000000"
 
 
 def _remove(ctx: Ctx, stray: Finding) -> None:
     match stray.kind:
         case "process":
             ctx.world.vmm.destroy(stray.id, ctx.dirs.vm(stray.id))
-        case "port":
-            pass  # it goes with the VMM that listens on it; that of a VMM that is somebody's stays
+        case "port" | "address":
+            pass  # it goes with the VMM that has it; that of a VMM that is somebody's stays
+        case "jail":
+            ctx.ask_root(JailRemove(vm=str(stray.vm)))
+        case "snapshot":
+            ctx.ask_root(SnapshotRemove(vm=str(stray.vm)))
+        case "loop":  # of a snapshot or of a jail that is not there
+            ctx.ask_root(SnapshotRemove(vm=stray.vm or NO_VM))
+            ctx.ask_root(JailRemove(vm=stray.vm or NO_VM))
+        case "nat":
+            ctx.ask_root(NatDisable(vm=str(stray.vm)))
+        case "tap" | "bridge":
+            ctx.ask_root(TapRemove(vm=stray.vm or NO_VM))  # a bridge without taps goes with any
         case "directory":
             shutil.rmtree(stray.id, ignore_errors=True)
         case "name":

@@ -4,32 +4,41 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, Protocol, TypeVar
 
 import msgspec
 
-from banger.config import Config, Dirs, VmPaths
+from banger.config import Config, Dirs, Limits, VmPaths
 from banger.errors import NotFound, from_dict
 from banger.events import queries, work
 from banger.events import vocabulary as ev
 from banger.events.fold import Op, Vm, fold_on
 from banger.events.log import EventLog
 from banger.guest import agent, ssh
-from banger.images import debian
+from banger.helper.client import Answer
+from banger.helper.requests import AnyAsk, Request
+from banger.images import debian, seed, whole
 from banger.images import kernel as kernels
+from banger.images.layers import flatten
 from banger.images.remote.oci import Pulled
 from banger.model import Artifact, Resource
 from banger.storage import ext4
 from banger.tasks.pipeline import Park, Pipeline
+from banger.tasks.root import Pool, Root
 from banger.vmm import accelerator, qemu
 from banger.vmm.accelerator import Accelerator
 from banger.vmm.driver import Running, Vmm
 from banger.vmm.qemu import Qemu
+from banger.workspace import guest as workspaces
 
 PROGRESS_EVERY_S = 0.2
 R = TypeVar("R", contravariant=True)
+
+
+Ask = Callable[[AnyAsk, Sequence[int]], Answer]
+"""How root is asked from inside a step: `Ctx.answer_of_root`."""
 
 
 class Agent(Protocol):
@@ -50,15 +59,47 @@ class Agent(Protocol):
 class Shell(Protocol):
     """How a guest is told what to do: `banger.guest.ssh`."""
 
+    def wait_ready(
+        self,
+        target: ssh.Target,
+        timeout_s: float,
+        *,
+        cancelled: Callable[[], bool],
+        alive: Callable[[], bool],
+        report: Callable[[], str],
+    ) -> None:
+        """Wait until the guest's SSH server answers."""
+
     def power_off(self, target: ssh.Target) -> None:
         """Flush the guest's disks and switch it off."""
 
 
+class Workspaces(Protocol):
+    """How a repository comes into a guest: `banger.workspace.guest`."""
+
+    def look(self, target: ssh.Target, place: workspaces.Place) -> workspaces.Seen:
+        """Look what the guest has."""
+
+    def send(
+        self, target: ssh.Target, place: workspaces.Place, parcel: Path, cancelled: Callable[[], bool]
+    ) -> None:
+        """Make it so that what is in a parcel is the workspace, whole."""
+
+    def withdraw(self, target: ssh.Target, place: workspaces.Place) -> None:
+        """Make it so that the guest has what it had before."""
+
+
 class Disks(Protocol):
-    """How an empty disk is made: `banger.storage.ext4`."""
+    """How a disk is made: `banger.storage.ext4`."""
 
     def make(self, path: Path, size_mib: int, *, label: str) -> None:
         """Make it so that an empty file system is at `path`, whole."""
+
+    def make_home(self, path: Path, size_mib: int, *, seed: Path, below: bytes) -> None:
+        """Make it so that a file system with what `seed` has below a directory is at `path`, whole."""
+
+    def grow(self, path: Path, size_mib: int) -> None:
+        """Make it so that a file system that is not in use has this size; never a half-grown one."""
 
     def check(self, path: Path) -> bool:
         """Check and mend a file system that was used and is not in use; True when it was mended."""
@@ -77,7 +118,13 @@ class Puller(Protocol):
     """How an image comes from a registry: `banger.images.pulled`."""
 
     def fetch(
-        self, reference: str, blobs: Path, *, progress: Callable[[str], None], cancelled: Callable[[], bool]
+        self,
+        reference: str,
+        blobs: Path,
+        *,
+        limits: Limits,
+        progress: Callable[[str], None],
+        cancelled: Callable[[], bool],
     ) -> Pulled:
         """Make it so that the image's blobs are in the cache."""
 
@@ -87,6 +134,8 @@ class Puller(Protocol):
         staging: Path,
         name: str,
         *,
+        blobs: Path,
+        limits: Limits,
         progress: Callable[[str], None],
         cancelled: Callable[[], bool],
     ) -> dict[str, str | int | list[str]]:
@@ -105,7 +154,13 @@ class World:
         self.config = config
         self.agent: Agent = agent
         self.shell: Shell = ssh
+        self.workspaces: Workspaces = workspaces
         self.disks: Disks = ext4
+        self.owner_home = Path.home()
+        self.take_seed: seed.Take = functools.partial(seed.take, limits=flatten.Limits.of(config.limits))
+        self.write_whole: whole.Write = functools.partial(
+            whole.write, limits=flatten.Limits.of(config.limits)
+        )
         self.images: Maker[debian.Recipe] = debian
         self.kernels: Maker[kernels.Recipe] = kernels
 
@@ -117,6 +172,11 @@ class World:
         return pulled
 
     @functools.cached_property
+    def root(self) -> Root:
+        """Root's pool, which makes what an ordinary user may not."""
+        return Pool(Path(self.config.root_socket))
+
+    @functools.cached_property
     def accelerator(self) -> Accelerator:
         """What runs the guests' instructions, asked for when a VM first needs it.
 
@@ -126,11 +186,17 @@ class World:
 
     @functools.cached_property
     def vmm(self) -> Vmm:
-        """The machine monitor that runs the VMs."""
+        """The machine monitor of VMs without a jail."""
         return Qemu(self.accelerator)
 
+    def firecracker(self, ask: Ask) -> Vmm:
+        """Give the machine monitor of VMs in a jail; `ask` has root do what that takes."""
+        from banger.tasks import jail
+
+        return jail.firecracker(self.root, ask)
+
     def running(self, runtime: Path) -> Iterable[Running]:
-        """List the VMMs whose sockets are in this directory; needs no accelerator, as launching does."""
+        """List the VMMs whose sockets are in this directory; those in jails are in root's list."""
         return qemu.running(runtime)
 
 
@@ -147,6 +213,7 @@ class Ctx:
         self.emitted: list[tuple[str, ev.Event]] = []
         self._claim = claim
         self._told_at = 0.0
+        self._asked = 0
 
     # -- the operation -----------------------------------------------------------------------
 
@@ -197,6 +264,30 @@ class Ctx:
     def cancelled(self) -> bool:
         """Tell a long step whether to stop: someone asked for it, or another worker took over."""
         return not self.op.undoing and work.cancel_wanted(self.log, self._claim)
+
+    def ask_root(self, ask: AnyAsk, fds: Sequence[int] = ()) -> dict[str, Any]:
+        """Have root do its part of this step; give what it says of it.
+
+        Each attempt at a step asks under keys of its own, so that what is repeated is what was cut off.
+        """
+        return self.answer_of_root(ask, fds).facts
+
+    def answer_of_root(self, ask: AnyAsk, fds: Sequence[int] = ()) -> Answer:
+        """Have root do its part of this step; give its answer, with descriptors that may be in it."""
+        state = self.op.steps[self.step]
+        way, attempt = ("undo", state.undo_attempts) if self.op.undoing else ("run", state.attempts)
+        self._asked += 1
+        key = f"{self.op.id}/{state.name}/{way}/{self._claim.epoch}/{attempt}/{self._asked}"
+        request = Request(op=self.op.id, step=state.name, epoch=self._claim.epoch, key=key, ask=ask)
+        return self.world.root.ask(request, fds)
+
+    @property
+    def vmm(self) -> Vmm:
+        """The machine monitor that this VM has, or is to have: Firecracker if the ledger has a jail for it.
+
+        What the configuration says by now is the next start's affair.
+        """
+        return self.world.firecracker(self.answer_of_root) if self.held("jail") else self.world.vmm
 
     # -- its VM ------------------------------------------------------------------------------
 

@@ -40,6 +40,7 @@ def _register(ctx: Ctx) -> Artifact:
         Path(ctx.args["file"]),
         _name(ctx),
         ctx.dirs.cache,
+        take_seed=ctx.world.take_seed,
         announce=_intending(ctx, "image"),
         cancelled=ctx.cancelled,
     )
@@ -55,6 +56,7 @@ def _promote(ctx: Ctx) -> Artifact:
     return local.promote(
         found,
         ctx.dirs.cache,
+        take_seed=ctx.world.take_seed,
         announce=_intending(ctx, "image"),
         progress=ctx.progress,
         cancelled=ctx.cancelled,
@@ -83,7 +85,14 @@ def _install(ctx: Ctx) -> Artifact:
     wanted = msgspec.convert(ctx.args["bundle"], bundle.Bundle)
     _intending(ctx, kind)(wanted.digest(kind, _name(ctx)))
     return bundle.install(
-        wanted, kind, _name(ctx), ctx.dirs.cache, progress=ctx.progress, cancelled=ctx.cancelled
+        wanted,
+        kind,
+        _name(ctx),
+        ctx.dirs.cache,
+        limits=bundle.Limits.of(ctx.config.limits),
+        take_seed=ctx.world.take_seed,
+        progress=ctx.progress,
+        cancelled=ctx.cancelled,
     )
 
 

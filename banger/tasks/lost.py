@@ -8,24 +8,35 @@ from typing import Any
 
 import msgspec
 
+from banger import proc
 from banger.config import Dirs, VmPaths
-from banger.errors import NotFound
+from banger.errors import HelperDown, NotFound
 from banger.events import queries
 from banger.events import vocabulary as ev
 from banger.events.log import EventLog
 from banger.model import Resource, Value, VmSpec
+from banger.tasks import root
 from banger.tasks.context import Ctx
 from banger.tasks.pipeline import Pipeline, Step
+from banger.tasks.root import Root
+from banger.vmm import qemu
 from banger.vmm.driver import Running
+
+BY_ROOT = ("tap", "nat", "jail", "snapshot")
+"""What root makes for a VM that is on a bridge, or has a root disk of its making."""
 
 
 class Record(Value):
-    """What is written beside a VM's disks: enough to take it back without the log."""
+    """What is written beside a VM's disks: enough to take it back without the log.
+
+    `base` is the uuid of what a root disk that the host makes has changes of.
+    """
 
     vm: str
     spec: VmSpec
     image_digest: str
     kernel_digest: str
+    base: str | None = None
 
 
 def write(paths: VmPaths, record: Record) -> None:
@@ -49,15 +60,32 @@ def find(log: EventLog, dirs: Dirs) -> Iterator[Record]:
     for directory in sorted((dirs.state / "vms").iterdir()):
         paths = dirs.vm(directory.name)
         record = None if paths.vm in known else read(paths)
-        if record is not None and paths.overlay.exists() and paths.work.exists():
+        if record is None or not paths.work.exists():
+            continue
+        if paths.changes(record.spec.root_disk).exists():
             yield record
+
+
+def is_running(record: Record, dirs: Dirs, asked: Root) -> bool:
+    """Tell whether a VM has a VMM, as far as this host and root tell at the moment."""
+    if any(vmm.vm == record.vm for vmm in qemu.running(dirs.runtime)):
+        return True
+    if record.spec.network == "user":
+        return False
+    with contextlib.suppress(HelperDown):
+        return any(_has_process(made, record.vm) for made in root.made(asked))
+    return False
+
+
+def _has_process(made: root.Made, vm: str) -> bool:
+    return made.vm == vm and made.process is not None and proc.alive(made.process)
 
 
 def _there(ctx: Ctx) -> list[Resource]:
     """List what there is of the VM."""
     paths = ctx.paths
     found = [Resource(kind="name", id=ctx.vm.spec.name), Resource(kind="directory", id=str(paths.directory))]
-    files = (paths.overlay, paths.work, paths.initrd)
+    files = (paths.overlay, paths.cow, paths.work, paths.initrd)
     found += [Resource(kind="file", id=str(path)) for path in files if path.exists()]
     sockets = (paths.qmp, paths.agent)
     found += [Resource(kind="socket", id=str(path)) for path in sockets if path.exists()]
@@ -65,17 +93,39 @@ def _there(ctx: Ctx) -> list[Resource]:
     if vmm is not None:
         found.append(Resource(kind="process", id=ctx.vm_id))
         found += [Resource(kind="port", id=str(vmm.ssh_port))] if vmm.ssh_port else []
+        found += [Resource(kind="address", id=vmm.address)] if vmm.address else []
+    for each in _by_root(ctx):
+        found.append(Resource(kind=each.kind, id=each.id))  # type: ignore[arg-type]  # one of BY_ROOT
+        found += [Resource(kind="address", id=each.address)] if each.address else []
     return found
 
 
 def _gone(ctx: Ctx) -> list[Resource]:
     """List what was there at the first attempt and is not any more: the host was rebooted since."""
     there = _there(ctx)
-    return [resource for resource in ctx.held("process", "socket", "port") if resource not in there]
+    runtime = ctx.held("process", "socket", "port", "address", *BY_ROOT)
+    return [resource for resource in runtime if resource not in there]
+
+
+def _by_root(ctx: Ctx) -> list[root.Made]:
+    """List what root has made for the VM; one with neither a bridge nor a root disk of its has nothing."""
+    if ctx.vm.spec.network == "user" and ctx.vm.spec.root_disk == "overlay":
+        return []
+    return [each for each in root.made(ctx.world.root) if each.vm == ctx.vm_id and each.kind in BY_ROOT]
 
 
 def _running(ctx: Ctx) -> Running | None:
     return next((vmm for vmm in ctx.world.running(ctx.dirs.runtime) if vmm.vm == ctx.vm_id), None)
+
+
+def _started(ctx: Ctx) -> Running | None:
+    """Tell which VMM runs the VM, in a jail or without; the ledger has its jail by now."""
+    if not ctx.held("jail"):
+        return _running(ctx)
+    for each in _by_root(ctx):
+        if each.process is not None and ctx.vmm.alive(each.process):
+            return Running(vm=ctx.vm_id, process=each.process, ssh_port=None, address=each.address)
+    return None
 
 
 def _take_back(ctx: Ctx) -> dict[str, Any]:
@@ -85,13 +135,17 @@ def _take_back(ctx: Ctx) -> dict[str, Any]:
         raise NotFound(f"There is no record of a VM in {ctx.paths.directory}.")
     digests = {"image_digest": record.image_digest, "kernel_digest": record.kernel_digest}
     ctx.emit(ctx.vm_id, ev.VmCreated(**digests))
-    vmm = _running(ctx)
-    if vmm is not None and vmm.ssh_port is not None:
+    vmm = _started(ctx)
+    port = None if vmm is None else 22 if vmm.address else vmm.ssh_port
+    if vmm is not None and port is not None:
         started = ev.VmStarted(
-            process=vmm.process, ssh_port=vmm.ssh_port, accelerator=ctx.world.accelerator.name
+            process=vmm.process,
+            ssh_port=port,
+            accelerator="kvm" if ctx.held("jail") else ctx.world.accelerator.name,
+            address=vmm.address,
         )
         ctx.emit(ctx.vm_id, started)
-        ctx.emit(ctx.vm_id, ev.VmReady(seconds=round(ctx.world.vmm.age_s(vmm.process), 3)))
+        ctx.emit(ctx.vm_id, ev.VmReady(seconds=round(ctx.vmm.age_s(vmm.process), 3)))
     return digests
 
 

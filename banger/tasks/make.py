@@ -9,8 +9,9 @@ from typing import Any
 
 from banger.events import vocabulary as ev
 from banger.guest import keys
+from banger.images import seed, store
 from banger.model import Resource
-from banger.tasks import lost, supply
+from banger.tasks import filesync, lost, snapshot, supply
 from banger.tasks.context import Ctx
 from banger.tasks.pipeline import Step
 
@@ -54,17 +55,38 @@ def forget_unfinished(path: Path) -> None:
 
 
 def _disks(ctx: Ctx) -> list[Resource]:
-    return [Resource(kind="file", id=str(path)) for path in (ctx.paths.overlay, ctx.paths.work)]
+    paths = ctx.paths
+    disks = (paths.changes(ctx.vm.spec.root_disk), paths.work)
+    return [Resource(kind="file", id=str(path)) for path in disks]
 
 
 def _make_disks(ctx: Ctx) -> None:
     _forget_unfinished_disks(ctx)
-    ctx.world.disks.make(ctx.paths.overlay, ctx.config.overlay_mib, label="overlay")
-    ctx.world.disks.make(ctx.paths.work, ctx.vm.spec.disk_mib, label="work")
+    base = _make_changes(ctx)
+    _make_work_disk(ctx)
     facts = ctx.facts
     digests = {"image_digest": facts["image_digest"], "kernel_digest": facts["kernel_digest"]}
-    lost.write(ctx.paths, lost.Record(vm=ctx.vm_id, spec=ctx.vm.spec, **digests))
+    lost.write(ctx.paths, lost.Record(vm=ctx.vm_id, spec=ctx.vm.spec, base=base, **digests))
     ctx.emit(ctx.vm_id, ev.VmCreated(**digests))
+
+
+def _make_changes(ctx: Ctx) -> str | None:
+    """Make what the VM's changes of its image go to."""
+    if ctx.vm.spec.root_disk == "snapshot":
+        return snapshot.make_cow(ctx)
+    ctx.world.disks.make(ctx.paths.overlay, ctx.config.overlay_mib, label="overlay")
+    return None
+
+
+def _make_work_disk(ctx: Ctx) -> None:
+    """Make the disk for /root, with what the image has there."""
+    path, size_mib = ctx.paths.work, ctx.vm.spec.disk_mib
+    image = store.find(ctx.dirs.cache, "image", str(ctx.facts["image_digest"]))
+    content = filesync.with_files(ctx, None if image is None else seed.path_of(image))
+    if content is None:  # made by a banger that took none: the guest copies its image's at its first boot
+        ctx.world.disks.make(path, size_mib, label="work")
+    else:
+        ctx.world.disks.make_home(path, size_mib, seed=content, below=seed.DIRECTORY)
 
 
 def _forget_unfinished_disks(ctx: Ctx) -> None:
@@ -76,8 +98,8 @@ def _remove_disks(ctx: Ctx) -> None:
     _forget_unfinished_disks(ctx)
     forget_unfinished(ctx.paths.record)
     ctx.paths.record.unlink(missing_ok=True)
-    ctx.paths.overlay.unlink(missing_ok=True)
-    ctx.paths.work.unlink(missing_ok=True)
+    for disk in (ctx.paths.overlay, ctx.paths.cow, ctx.paths.work):
+        disk.unlink(missing_ok=True)
 
 
 def _name(ctx: Ctx) -> list[Resource]:
@@ -109,6 +131,7 @@ MAKE = (
         run=_use_kernel,
         why_no_undo="it only looks; a kernel that had to be unpacked stays for the next VM",
     ),
+    snapshot.BASE,
     Step(
         name="directory",
         title="directory",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from banger.errors import BangerError
 from banger.events import fold
@@ -32,7 +32,8 @@ class Step:
     so": succeeds when there is nothing to undo, and needs no result of `run`. A step that
     acquires something says what before it acts (`acquires`); what it gives back is in `releases`.
     A step without `undo` says why. After a `forward_only` step there is no way back: if it fails
-    for good the operation is stuck rather than undone.
+    for good the operation is stuck rather than undone. A step of the `root` pool has its effect
+    made by root's workers, at the request of the owner's.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Step:
     releases: Resources = _nothing
     attempts: int = 1
     deadline_s: float = 60.0
+    pool: Literal["owner", "root"] = "owner"
 
     def __post_init__(self) -> None:
         if self.undo is None and not self.why_no_undo:

@@ -15,12 +15,17 @@ from banger.tasks.context import Ctx
 from banger.tasks.pipeline import Pipeline, Step
 
 FETCH_S = 4 * 3600.0
-MAKE_S = 3600.0
+MAKE_S = FETCH_S + 3600.0
+"""What was pruned meanwhile is fetched again."""
 
 
 def _fetch(ctx: Ctx) -> dict[str, Any]:
     found = ctx.world.puller.fetch(
-        str(ctx.args["reference"]), ctx.dirs.blobs, progress=ctx.progress, cancelled=ctx.cancelled
+        str(ctx.args["reference"]),
+        ctx.dirs.blobs,
+        limits=ctx.config.limits,
+        progress=ctx.progress,
+        cancelled=ctx.cancelled,
     )
     return {"pulled": msgspec.to_builtins(found, enc_hook=str)}
 
@@ -42,7 +47,13 @@ def _make(ctx: Ctx) -> dict[str, Any]:
         name,
         digest,
         lambda staging: ctx.world.puller.make(
-            found, staging, name, progress=ctx.progress, cancelled=ctx.cancelled
+            found,
+            staging,
+            name,
+            blobs=ctx.dirs.blobs,
+            limits=ctx.config.limits,
+            progress=ctx.progress,
+            cancelled=ctx.cancelled,
         ),
         ctx.cancelled,
     )

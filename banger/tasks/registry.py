@@ -6,7 +6,7 @@ import importlib
 import os
 from collections.abc import Mapping
 
-from banger.tasks import artifacts, audit, local, lost, pull, vm
+from banger.tasks import artifacts, audit, local, lost, pull, vm, workspace
 from banger.tasks.pipeline import Pipeline
 
 EXTRA = "BANGER_PIPELINES"
@@ -20,6 +20,7 @@ OWN = (
     *local.PIPELINES,
     *audit.PIPELINES,
     *lost.PIPELINES,
+    *workspace.PIPELINES,
 )
 """The pipelines that banger itself has."""
 

@@ -2,27 +2,31 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
 from typing import Any
 
 from banger.errors import NotFound, WrongState
 from banger.events import queries
 from banger.events import vocabulary as ev
-from banger.guest import initrd, keys
-from banger.images import base, local, store
+from banger.guest import initrd, keys, ssh
+from banger.helper import names
+from banger.images import base, store
 from banger.images import kernel as kernels
-from banger.model import Artifact, Process, Resource
+from banger.model import Process, Resource
 from banger.network import user
+from banger.tasks import network, snapshot, supply
 from banger.tasks.context import Ctx
 from banger.tasks.make import forget_unfinished
 from banger.tasks.pipeline import Finish, Step
-from banger.vmm.driver import Disk, Machine
+from banger.vmm.driver import ROOT, Disk, Machine
 
 
 def _check_startable(ctx: Ctx) -> dict[str, Any]:
     vm = ctx.vm
     if vm.image_digest is None or vm.kernel_digest is None:
         raise WrongState(f"{vm.spec.name} was never made whole.", hint=f"`banger vm delete {vm.spec.name}`")
-    if vm.state == "running" and vm.process is not None and ctx.world.vmm.alive(vm.process):
+    if vm.state == "running" and vm.process is not None and ctx.vmm.alive(vm.process):
         raise Finish
     for kind, digest in (("image", vm.image_digest), ("kernel", vm.kernel_digest)):
         if store.find(ctx.dirs.cache, kind, digest) is None:
@@ -30,34 +34,22 @@ def _check_startable(ctx: Ctx) -> dict[str, Any]:
                 f"The {kind} that {vm.spec.name} was made from is no longer in the cache.",
                 hint=f"`banger vm delete {vm.spec.name}`",
             )
+    snapshot.check_whole(ctx)
     mended = _mend_disks(ctx)
     return {"image_digest": vm.image_digest, "kernel_digest": vm.kernel_digest, **mended}
 
 
 def _mend_disks(ctx: Ctx) -> dict[str, Any]:
-    """Check disks that were used before, while nobody uses them; tell which had to be mended."""
-    if ctx.world.vmm.find(ctx.vm_id):
+    """Check disks that were used before, while nobody uses them; tell which had to be mended.
+
+    A root disk that the host makes is checked when it is made.
+    """
+    if ctx.vmm.find(ctx.vm_id):
         return {}
-    mended = [path.name for path in (ctx.paths.overlay, ctx.paths.work) if ctx.world.disks.check(path)]
+    paths = ctx.paths
+    used = (paths.work,) if ctx.vm.spec.root_disk == "snapshot" else (paths.overlay, paths.work)
+    mended = [path.name for path in used if ctx.world.disks.check(path)]
     return {"mended": mended} if mended else {}
-
-
-def _choose_port(ctx: Ctx) -> list[Resource]:
-    """Allocate inside the append's transaction: no two operations get the same port."""
-    if (have := ctx.acquired("port")) is not None:
-        return [have]
-    taken = {int(port) for port in queries.resource_ids(ctx.log, "port")}
-    return [Resource(kind="port", id=str(user.pick_port(taken)))]
-
-
-def _use_port(ctx: Ctx) -> dict[str, Any]:
-    port = ctx.acquired("port")
-    assert port is not None
-    return {"ssh_port": int(port.id)}
-
-
-def _nothing_to_undo(_: Ctx) -> None:
-    """Do nothing: the port is a line in the ledger; the VMM that listened on it has its own undo."""
 
 
 def _guest_files(ctx: Ctx) -> list[Resource]:
@@ -66,14 +58,15 @@ def _guest_files(ctx: Ctx) -> list[Resource]:
 
 def _write_guest_files(ctx: Ctx) -> None:
     paths, spec = ctx.paths, ctx.vm.spec
-    _, base = kernels.kernel_paths(_artifact(ctx, "kernel"))
+    _, base = kernels.kernel_paths(supply.in_cache(ctx, "kernel"))
+    place = network.place(ctx)
     files = initrd.GuestFiles(
         hostname=spec.name,
         authorized_keys=keys.public_line(ctx.dirs.user_key.read_bytes()) + "\n",
         host_key_pem=paths.host_key.read_bytes(),
-        address=f"{user.GUEST_ADDRESS}/{user.PREFIX_LENGTH}",
-        gateway=user.GATEWAY,
-        nameserver=user.DNS_SERVER,
+        address=place.address,
+        gateway=place.gateway,
+        nameserver=place.nameserver,
     )
     forget_unfinished(paths.initrd)
     initrd.write_initrd(base, paths.initrd, files)
@@ -93,56 +86,71 @@ def _vmm(ctx: Ctx) -> list[Resource]:
     ]
 
 
+def _jail(ctx: Ctx) -> list[Resource]:
+    return [Resource(kind="jail", id=names.jail(os.getuid(), ctx.vm_id))]
+
+
 def _launch(ctx: Ctx) -> dict[str, Any]:
-    process = ctx.world.vmm.launch(_machine(ctx))
+    process = ctx.vmm.launch(_machine(ctx))
     _started(ctx, process)
     return {"pid": process.pid, "start_ticks": process.start_ticks}
 
 
 def _started(ctx: Ctx, process: Process) -> None:
     started = ev.VmStarted(
-        process=process, ssh_port=ctx.facts["ssh_port"], accelerator=ctx.world.accelerator.name
+        process=process,
+        ssh_port=ctx.facts["ssh_port"],
+        accelerator="kvm" if ctx.held("jail") else ctx.world.accelerator.name,
+        address=ctx.facts.get("address"),
     )
     ctx.emit(ctx.vm_id, started)
 
 
 def _destroy(ctx: Ctx) -> None:
-    ctx.world.vmm.destroy(ctx.vm_id, ctx.paths)
+    ctx.vmm.destroy(ctx.vm_id, ctx.paths)
     if queries.vm(ctx.log, ctx.vm_id) is not None:
         ctx.emit(ctx.vm_id, ev.VmStopped(reason="its start was undone"))
 
 
 def _wait_ready(ctx: Ctx) -> dict[str, Any]:
-    """Wait for the guest's word. A boot that hangs under emulation is tried once more."""
+    """Wait for the guest's word. A boot that hangs under emulation is tried once more.
+
+    A guest in a jail is heard at its address: to connect to its agent is a request to root each time.
+    """
+    vmm = ctx.vmm
     if ctx.attempt > 1:
-        ctx.world.vmm.destroy(ctx.vm_id, ctx.paths)
-        _started(ctx, ctx.world.vmm.launch(_machine(ctx)))
-    found = ctx.world.vmm.find(ctx.vm_id)
+        vmm.destroy(ctx.vm_id, ctx.paths)
+        _started(ctx, vmm.launch(_machine(ctx)))
+    found = vmm.find(ctx.vm_id)
     process = found[0] if found else None
-    ctx.world.agent.wait_ready(
-        ctx.paths.agent,
-        ctx.config.ready_timeout_s,
-        cancelled=ctx.cancelled,
-        alive=lambda: process is not None and ctx.world.vmm.alive(process),
-        report=lambda: ctx.world.vmm.crash_report(ctx.paths),
-    )
-    seconds = 0.0 if process is None else round(ctx.world.vmm.age_s(process), 3)
+    waits: dict[str, Any] = {
+        "cancelled": ctx.cancelled,
+        "alive": lambda: process is not None and vmm.alive(process),
+        "report": lambda: vmm.crash_report(ctx.paths),
+    }
+    if ctx.held("jail"):
+        ctx.world.shell.wait_ready(_target(ctx), ctx.config.ready_timeout_s, **waits)
+        vmm.crash_report(ctx.paths)  # `vm logs` has the boot from here on: root keeps the console
+    else:
+        ctx.world.agent.wait_ready(ctx.paths.agent, ctx.config.ready_timeout_s, **waits)
+    seconds = 0.0 if process is None else round(vmm.age_s(process), 3)
     ctx.emit(ctx.vm_id, ev.VmReady(seconds=seconds))
     return {"ready_seconds": seconds}
 
 
-def _artifact(ctx: Ctx, kind: str) -> Artifact:
-    digest = ctx.facts[f"{kind}_digest"]
-    found = store.find(ctx.dirs.cache, kind, digest)
-    if found is None:
-        raise NotFound(f"The {kind} {digest[:12]} is no longer in the cache.")
-    local.check(found)
-    return found
+def _target(ctx: Ctx) -> ssh.Target:
+    return ssh.Target(
+        vm=ctx.vm_id,
+        host=ctx.facts["address"],
+        port=ctx.facts["ssh_port"],
+        paths=ctx.paths,
+        key=ctx.dirs.user_key,
+    )
 
 
 def _machine(ctx: Ctx) -> Machine:
     paths, spec = ctx.paths, ctx.vm.spec
-    vmlinuz, _ = kernels.kernel_paths(_artifact(ctx, "kernel"))
+    vmlinuz, _ = kernels.kernel_paths(supply.in_cache(ctx, "kernel"))
     return Machine(
         vm=ctx.vm_id,
         op=ctx.op.id,
@@ -152,16 +160,22 @@ def _machine(ctx: Ctx) -> Machine:
         kernel=vmlinuz,
         initrd=paths.initrd,
         words=initrd.KERNEL_WORDS,
-        disks=(
-            Disk(serial="base", path=base.path_of(_artifact(ctx, "image")), read_only=True),
-            Disk(serial="up", path=paths.overlay, read_only=False),
-            Disk(serial="work", path=paths.work, read_only=False),
-        ),
+        disks=(*_root(ctx), Disk(serial="work", path=paths.work)),
         ssh_port=ctx.facts["ssh_port"],
         mac=user.mac(ctx.vm_id),
         nat=spec.nat,
         paths=paths,
+        tap=ctx.facts.get("tap"),
+        address=ctx.facts.get("address"),
     )
+
+
+def _root(ctx: Ctx) -> tuple[Disk, ...]:
+    """Give what the guest's root is made of, as its initrd (assets/init) knows it."""
+    if "root_disk" in ctx.facts:
+        return (Disk(serial=ROOT, path=Path(ctx.facts["root_disk"])),)
+    image = base.path_of(supply.in_cache(ctx, "image"))
+    return Disk(serial="base", path=image, read_only=True), Disk(serial="up", path=ctx.paths.overlay)
 
 
 CHECK_START = Step(
@@ -171,8 +185,25 @@ CHECK_START = Step(
     why_no_undo="it only looks",
 )
 
+VMM = Step(name="vmm", title="start the VMM", run=_launch, undo=_destroy, acquires=_vmm)
+JAIL = Step(
+    name="jail",
+    title="start Firecracker in a jail",
+    run=_launch,
+    undo=_destroy,
+    acquires=_jail,
+    attempts=network.ROOT_ATTEMPTS,
+    deadline_s=120.0,
+    pool="root",
+)
+
 START = (
-    Step(name="port", title="SSH port", run=_use_port, undo=_nothing_to_undo, acquires=_choose_port),
+    network.PORT,
+    network.ADDRESS,
+    network.TAP,
+    network.NAMES,
+    network.NAT,
+    snapshot.SNAPSHOT,
     Step(
         name="guest-files",
         title="guest files",
@@ -180,7 +211,8 @@ START = (
         undo=_remove_guest_files,
         acquires=_guest_files,
     ),
-    Step(name="vmm", title="start the VMM", run=_launch, undo=_destroy, acquires=_vmm),
+    VMM,
+    JAIL,
     Step(
         name="ready",
         title="guest boots",

@@ -11,7 +11,8 @@ from banger.events import vocabulary as ev
 from banger.events.fold import Vm
 from banger.guest import ssh
 from banger.model import Resource
-from banger.tasks import make
+from banger.network import user
+from banger.tasks import make, network, snapshot
 from banger.tasks.context import Ctx
 from banger.tasks.pipeline import Finish, Step
 
@@ -22,12 +23,12 @@ POWER_OFF_S = 10.0
 def _runtime(ctx: Ctx) -> list[Resource]:
     """List what a VM holds only while it runs."""
     files = [r for r in ctx.held("file") if r.id == str(ctx.paths.initrd)]
-    return [*ctx.held("process", "socket", "port"), *files]
+    return [*ctx.held("process", "socket", "port", "address", "jail"), *files]
 
 
 def _check_running(ctx: Ctx) -> None:
     vm = ctx.vm
-    if vm.state in ("stopped", "creating") and not ctx.world.vmm.find(ctx.vm_id):
+    if vm.state in ("stopped", "creating") and not ctx.vmm.find(ctx.vm_id):
         raise Finish
 
 
@@ -35,47 +36,59 @@ def _shut_down(ctx: Ctx) -> dict[str, Any]:
     """Ask nicely over SSH, then press the power button, then SIGKILL."""
     how = _power_off(ctx, ctx.vm)
     _clean_up(ctx)
-    ctx.emit(ctx.vm_id, ev.VmStopped(reason=f"stopped ({how})"))
+    _stopped(ctx, f"stopped ({how})")
     return {"how": how}
 
 
 def _power_off(ctx: Ctx, vm: Vm) -> str:
-    found = ctx.world.vmm.find(ctx.vm_id)
+    found = ctx.vmm.find(ctx.vm_id)
     if not found:
         return "was not running"
     if vm.state == "running" and vm.ssh_port is not None:
         with contextlib.suppress(BangerError):
             ctx.world.shell.power_off(
-                ssh.Target(vm=vm.id, port=vm.ssh_port, paths=ctx.paths, key=ctx.dirs.user_key)
+                ssh.Target(
+                    vm=vm.id,
+                    host=vm.address or user.HOST_ADDRESS,
+                    port=vm.ssh_port,
+                    paths=ctx.paths,
+                    key=ctx.dirs.user_key,
+                )
             )
-            if ctx.world.vmm.wait_gone(found[0], POWER_OFF_S):
+            if ctx.vmm.wait_gone(found[0], POWER_OFF_S):
                 return "power-off over SSH"
     with contextlib.suppress(BangerError):
-        ctx.world.vmm.power_button(ctx.paths)
-        if ctx.world.vmm.wait_gone(found[0], POWER_OFF_S):
+        ctx.vmm.power_button(ctx.paths)
+        if ctx.vmm.wait_gone(found[0], POWER_OFF_S):
             return "power button"
     return "killed: it did not switch itself off"
 
 
 def _clean_up(ctx: Ctx) -> None:
-    ctx.world.vmm.destroy(ctx.vm_id, ctx.paths)
+    ctx.vmm.destroy(ctx.vm_id, ctx.paths)
     ctx.paths.initrd.unlink(missing_ok=True)
+
+
+def _stopped(ctx: Ctx, reason: str) -> None:
+    """Record that the VM is stopped, and that its root disk is lost, should it be."""
+    told = (reason, snapshot.loss(ctx))
+    ctx.emit(ctx.vm_id, ev.VmStopped(reason="; ".join(text for text in told if text)))
 
 
 def _kill(ctx: Ctx) -> None:
     _clean_up(ctx)
-    ctx.emit(ctx.vm_id, ev.VmStopped(reason="killed"))
+    _stopped(ctx, "killed")
 
 
 def _bury(ctx: Ctx) -> None:
     """Release what a VMM held that died by itself, and keep what it said last."""
     vm = ctx.vm
-    if vm.process is not None and ctx.world.vmm.alive(vm.process):
+    if vm.process is not None and ctx.vmm.alive(vm.process):
         raise Finish
-    said = [line.strip() for line in ctx.world.vmm.crash_report(ctx.paths).splitlines() if line.strip()]
+    said = [line.strip() for line in ctx.vmm.crash_report(ctx.paths).splitlines() if line.strip()]
     _clean_up(ctx)
     last = f"; the last it said: {said[-1][:200]}" if said else ""
-    ctx.emit(ctx.vm_id, ev.VmStopped(reason=f"its VMM ended by itself{last}"))
+    _stopped(ctx, f"its VMM ended by itself{last}")
 
 
 def _halt(ctx: Ctx) -> None:
@@ -108,6 +121,7 @@ SHUT_DOWN = Step(
     why_no_undo="a guest that is switched off cannot be switched back on where it was",
     forward_only=True,
     releases=_runtime,
+    attempts=network.ROOT_ATTEMPTS,
     deadline_s=90.0,
 )
 
@@ -118,6 +132,7 @@ KILL = Step(
     why_no_undo="what is killed stays killed",
     forward_only=True,
     releases=_runtime,
+    attempts=network.ROOT_ATTEMPTS,
 )
 BURY = Step(
     name="bury",
@@ -126,6 +141,7 @@ BURY = Step(
     why_no_undo="the VMM is gone already",
     forward_only=True,
     releases=_runtime,
+    attempts=network.ROOT_ATTEMPTS,
 )
 
 DELETE = (
@@ -136,7 +152,10 @@ DELETE = (
         why_no_undo="what is killed stays killed",
         forward_only=True,
         releases=_runtime,
+        attempts=network.ROOT_ATTEMPTS,
     ),
+    network.RELEASE,
+    snapshot.RELEASE,
     Step(
         name="files",
         title="remove its files",

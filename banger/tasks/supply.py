@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from banger.errors import NotFound
 from banger.events import queries
 from banger.events.log import EventLog
-from banger.images import debian, store
+from banger.images import debian, local, store
 from banger.images import kernel as kernels
 from banger.model import Artifact
 from banger.tasks.artifacts import BUILD_IMAGE, PULL_KERNEL
@@ -26,7 +27,7 @@ def image(ctx: Ctx, name: str) -> Artifact:
         lambda: published(ctx, "image", name),
         pipeline,
         lane=f"image:{name}",
-        args={**args, "name": name},
+        args={**args, "name": name, **named_kernel(ctx.log, name)},
         reason=f"the image {name} is {'pulled' if reference else 'built'}",
     )
 
@@ -40,6 +41,13 @@ def reference_of(log: EventLog, name: str, asked: str | None = None) -> str | No
     return f"{repository}@{known.details['manifest']}"
 
 
+def named_kernel(log: EventLog, image: str) -> dict[str, str]:
+    """Give what an operation is to be asked with so that an image keeps the kernel named for its VMs."""
+    known = queries.artifact(log, "image", image)
+    named = known.details.get("kernel") if known else None
+    return {"vm_kernel": str(named)} if named else {}
+
+
 def kernel(ctx: Ctx, name: str) -> Artifact:
     """Give the kernel of this name; wait for the operation that fetches it when there is none."""
     return ctx.require(
@@ -49,6 +57,16 @@ def kernel(ctx: Ctx, name: str) -> Artifact:
         args={"name": name},
         reason=f"the kernel {name} is fetched",
     )
+
+
+def in_cache(ctx: Ctx, kind: str) -> Artifact:
+    """Give the image or kernel that a VM is made of. Raises NotFound, and InvalidImage when it changed."""
+    digest = ctx.facts[f"{kind}_digest"]
+    found = store.find(ctx.dirs.cache, kind, digest)
+    if found is None:
+        raise NotFound(f"The {kind} {digest[:12]} is no longer in the cache.")
+    local.check(found)
+    return found
 
 
 def published(ctx: Ctx, kind: str, name: str) -> Artifact | None:

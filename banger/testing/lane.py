@@ -14,6 +14,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
+from typing import Literal
 
 import msgspec
 
@@ -29,14 +30,20 @@ from banger.testing.child import Child, Ending
 from banger.testing.mortal import Fate, MortalLog, Point, Trouble
 from banger.testing.oracle import Account
 from banger.testing.recording import RecordingWorld
-from banger.testing.scenes import SCENES, Deed
+from banger.testing.recording_root import RecordingRoot
+from banger.testing.scenes import IN_JAIL, SCENES, Deed
 
 MEMORY = Path("/dev/shm")  # noqa: S108  where fsync costs nothing; another place does as well
 ROUNDS = 12
 """So many workers may it take until an operation has ended, the one that dies among them."""
 
+CONFIG = Config(dns=True, bridge_network="10.200.200.128/25")
+"""With names of VMs to be routed, which is a step of its own, and addresses that are equally long."""
+
 FATES = {None: "done", "before": "undone", "inside": "undone", "after": "stuck", "cancel": "cancelled"}
 """How an operation ends that meets a trouble."""
+
+VmmWord = Literal["qemu", "firecracker"]
 
 Found = tuple[int, int, bytes | str | None]
 Tree = dict[Path, Found]
@@ -98,7 +105,7 @@ class Lane:
         """Open the log; nobody may fork meanwhile."""
         log = MortalLog(self.dirs.database, self.dirs.work_bell, self.dirs.event_bell, "test")
         try:
-            yield log, RecordingWorld(self.dirs, Config(), self.place)
+            yield log, RecordingWorld(self.dirs, CONFIG, self.place)
         finally:
             log.close()
 
@@ -116,13 +123,13 @@ class Lane:
 
         return Child(job).ended()
 
-    def deed(self, deed: Deed, death: Point | None = None) -> Ending:
+    def deed(self, deed: Deed, death: Point | None = None, *, vmm: VmmWord = "qemu") -> Ending:
         """Have a process of its own do a deed, for example ask for an operation."""
 
         def job() -> bytes:
             with self.opened() as (log, world):
                 log.fate = Fate(self.home, death)
-                deed(self._service(log), world)
+                deed(self._service(log, vmm), world)
             return b""
 
         return Child(job).ended()
@@ -149,12 +156,14 @@ class Lane:
         with self.opened() as (log, world):
             stuck = {op.vm for op in queries.stuck(log)}
             for vm in queries.vms(log):
-                if vm.id not in stuck and vm.process is not None and not world.vmm.alive(vm.process):
+                if vm.id not in stuck and vm.process is not None and not world.alive(vm.process):
                     self._service(log).bury(vm)
             return queries.active_count(log) == 0
 
-    def _service(self, log: MortalLog) -> Service:
-        return Service(self.dirs, Config(), log, since_us=0, stop=lambda: None)
+    def _service(self, log: MortalLog, vmm: VmmWord = "qemu") -> Service:
+        config = msgspec.structs.replace(CONFIG, vmm=vmm)
+        root = RecordingRoot(self.place)
+        return Service(self.dirs, config, log, since_us=0, stop=lambda: None, root=root)
 
     # -- states ------------------------------------------------------------------------------
 
@@ -162,16 +171,22 @@ class Lane:
         """Put the host where a scene's operation was just requested; give the operation's id."""
         if scene not in self._requested:
             self.before(scene)
-            self.deed(SCENES[scene][-1]).result()
+            self.deed(SCENES[scene][-1], vmm=vmm_of(scene)).result()
             self._requested[scene] = (tree(self.home), self._newest())
         else:
             restore(self.home, self._requested[scene][0])
         return self._requested[scene][1]
 
+    def pinned(self, scene: str) -> set[str]:
+        """Give the names of the steps that a scene's operation has."""
+        op = self.request(scene)
+        with self.opened() as (log, _):
+            return {step.name for step in queries.whole_op(log, op).steps}
+
     def before(self, scene: str) -> None:
         """Put the host where a scene's operation is about to be requested."""
         if scene not in self._before:
-            self._play(SCENES[scene][:-1])
+            self._play(SCENES[scene][:-1], vmm_of(scene))
             self._before[scene] = tree(self.home)
         else:
             restore(self.home, self._before[scene])
@@ -180,13 +195,13 @@ class Lane:
         with self.opened() as (log, _):
             return queries.ops(log, limit=1)[0].id
 
-    def _play(self, deeds: tuple[Deed, ...]) -> None:
+    def _play(self, deeds: tuple[Deed, ...], vmm: VmmWord) -> None:
         """Do deeds on a new host, each to its end."""
         restore(self.home, {})
         self.dirs.make()
         self.place.mkdir(mode=0o700)
         for deed in deeds:
-            self.deed(deed).result()
+            self.deed(deed, vmm=vmm).result()
             self.work().result()
 
     def clean(
@@ -234,11 +249,11 @@ class Lane:
         """Kill who asks: before the commit nothing has happened, and the client asks again."""
         self.before(case.scene)
         first = self._last_seq()
-        ending = self.deed(SCENES[case.scene][-1], case.deaths[0])
+        ending = self.deed(SCENES[case.scene][-1], case.deaths[0], vmm=vmm_of(case.scene))
         heard = self._last_seq() > first
         wrong = [] if heard == (case.deaths[0].moment == "requested") else [f"the request is there: {heard}"]
         if not heard:
-            self.deed(SCENES[case.scene][-1]).result()
+            self.deed(SCENES[case.scene][-1], vmm=vmm_of(case.scene)).result()
         op = self._newest()
         more, also = self.until_quiet(case.trouble)
         return op, ending.killed + more, wrong + also
@@ -262,6 +277,11 @@ class Lane:
         if not ending.killed:
             wrong.append("nobody was killed")
         return op, ending.killed + more, wrong
+
+
+def vmm_of(scene: str) -> VmmWord:
+    """Tell what config.toml has as `vmm` in a scene."""
+    return "firecracker" if scene.endswith(IN_JAIL) else "qemu"
 
 
 def tree(home: Path) -> Tree:

@@ -8,6 +8,7 @@ import os
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import msgspec
 
@@ -19,10 +20,17 @@ from banger.testing import mortal
 from banger.testing.child import Child
 from banger.testing.lane import Case, Lane, Verdict
 from banger.testing.mortal import Moment, Point, Trouble
-from banger.testing.scenes import CREATE_ALL, SCENES
+from banger.testing.scenes import CREATE_ALL, IN_JAIL, ON_BRIDGE, ON_SNAPSHOT, SCENES
 
 AROUND: tuple[Moment, ...] = ("intended", "acted", "recording", "recorded")
 ASKING: tuple[Moment, ...] = ("requesting", "requested")
+OTHERWISE = frozenset(("shut-down", "kill", "bury", "halt", "take-back"))
+"""Steps that have root do something for a VM in a jail, and nothing for any other."""
+
+EVERY = {IN_JAIL: 5, ON_SNAPSHOT: 4, "workspace.prepare": 7}
+"""A launch is some 60 file operations; root is killed at each of its own calls in its own tests. Taking a
+repository's state is a hundred, most of them the starts of git."""
+
 MOST_INSIDE = 6
 """So many file operations of the recovering worker's first effect does a thorough plan interrupt."""
 
@@ -30,61 +38,91 @@ MOST_INSIDE = 6
 # -- the plan ------------------------------------------------------------------------------------
 
 
+class Subject(NamedTuple):
+    """A scene's operation: its kind, its steps, and which of them no scene before it came to."""
+
+    scene: str
+    kind: str
+    steps: tuple[Step, ...]
+    new: tuple[Step, ...]
+
+
 def plan(lane: Lane, *, thorough: bool = False) -> list[Case]:
     """List the cases of every step of every pipeline: one death at each point, then two.
 
     A thorough plan has the second death at more points of the recovery. Raises LookupError for a
-    pipeline without a scene, or a step that its scene does not come to.
+    pipeline without a scene, or a step that none of its scenes comes to.
     """
     cases = []
-    for pipeline in lane.known.values():
-        if pipeline.kind not in SCENES:
-            raise LookupError(f"{pipeline.kind} has no scene in banger.testing.scenes")
-        singles = [*_forward(lane, pipeline), *_turned_back(lane, pipeline)]
+    for subject in [each for pipeline in lane.known.values() for each in _subjects(lane, pipeline)]:
+        singles = [*_forward(lane, subject), *_turned_back(lane, subject)]
         cases += [*singles, *(again for case in singles for again in _doubles(case, thorough))]
-        cases += [*_cancelled(lane, pipeline), *_rebooted(pipeline), *_asked(pipeline)]
+        cases += [*_cancelled(lane, subject), *_rebooted(subject), *_asked(subject)]
     return [*cases, *_waited_for(lane)]
 
 
-def _forward(lane: Lane, pipeline: Pipeline) -> Iterator[Case]:
+def _subjects(lane: Lane, pipeline: Pipeline) -> Iterator[Subject]:
+    """Give a pipeline's scenes, which differ in the steps that their VMs have a use for."""
+    if pipeline.kind not in SCENES:
+        raise LookupError(f"{pipeline.kind} has no scene in banger.testing.scenes")
+    left = {step.name for step in pipeline.steps}
+    for kind_of_vm in ("", ON_BRIDGE, IN_JAIL, ON_SNAPSHOT):
+        if (scene := pipeline.kind + kind_of_vm) in SCENES:
+            pinned = lane.pinned(scene)
+            steps = tuple(step for step in pipeline.steps if step.name in pinned)
+            again = OTHERWISE if kind_of_vm == IN_JAIL else frozenset()
+            new = tuple(step for step in steps if step.name in left | again)
+            yield Subject(scene, pipeline.kind, steps, new)
+            left -= pinned
+    if left:
+        raise LookupError(f"no scene of {pipeline.kind} comes to {', '.join(sorted(left))}")
+
+
+def _forward(lane: Lane, subject: Subject) -> Iterator[Case]:
     """Die at each point of each step of an operation that goes well."""
-    for step in pipeline.steps:
-        for death in _points(lane, pipeline.kind, step.name, None):
-            yield Case(scene=pipeline.kind, deaths=(death,))
+    for step in subject.new:
+        for death in _points(lane, subject.kind, step.name, None, scene=subject.scene):
+            yield Case(scene=subject.scene, deaths=(death,))
 
 
-def _turned_back(lane: Lane, pipeline: Pipeline) -> Iterator[Case]:
+def _turned_back(lane: Lane, subject: Subject) -> Iterator[Case]:
     """Fail at each step: around the turn, or where it gets stuck, and in each undo."""
-    kind = pipeline.kind
-    for step in pipeline.steps:
-        trouble = trouble_at(lane, kind, step)
+    scene, kind, last = subject.scene, subject.kind, subject.steps[-1]
+    for step in dict.fromkeys([*subject.new, last]):
+        trouble = trouble_at(lane, scene, kind, step)
         for moment in AROUND:
-            yield Case(scene=kind, deaths=(Point(moment=moment, kind=kind, step=step.name),), trouble=trouble)
-        for undone in _undone_by(pipeline, step):
-            for death in _points(lane, kind, undone.name, trouble, back=True):
-                yield Case(scene=kind, deaths=(death,), trouble=trouble)
+            yield Case(
+                scene=scene, deaths=(Point(moment=moment, kind=kind, step=step.name),), trouble=trouble
+            )
+        for undone in _undone_by(subject, step):
+            for death in _points(lane, kind, undone.name, trouble, scene=scene, back=True):
+                yield Case(scene=scene, deaths=(death,), trouble=trouble)
 
 
-def _cancelled(lane: Lane, pipeline: Pipeline) -> Iterator[Case]:
+def _cancelled(lane: Lane, subject: Subject) -> Iterator[Case]:
     """Die in a step whose operation is being cancelled: what is half made is undone, not made first.
 
     A step without undo has had its effect by then or not.
     """
-    kind = pipeline.kind
-    for step in pipeline.steps:
-        if step.undo is not None or (step is not pipeline.steps[-1] and not step.forward_only):
+    scene, kind = subject.scene, subject.kind
+    for step in subject.new:
+        if step.undo is not None or (step is not subject.steps[-1] and not step.forward_only):
             trouble = Trouble(kind=kind, step=step.name, when="cancel")
-            for death in _points(lane, kind, step.name, trouble):
-                yield Case(scene=kind, deaths=(death,), trouble=trouble, open_ended=step.undo is None)
+            for death in _points(lane, kind, step.name, trouble, scene=scene):
+                yield Case(scene=scene, deaths=(death,), trouble=trouble, open_ended=step.undo is None)
 
 
-def _rebooted(pipeline: Pipeline) -> Iterator[Case]:
-    """Reboot around each step; what an ended operation left running is buried."""
-    for step in pipeline.steps:
+def _rebooted(subject: Subject) -> Iterator[Case]:
+    """Reboot around each step; what an ended operation left running is buried.
+
+    What root has made is gone then: an operation may go on without it, or find it missing and turn back.
+    """
+    for step in subject.new:
         for moment in AROUND:
-            ended = step is pipeline.steps[-1] and moment == "recorded"
-            death = Point(moment=moment, kind=pipeline.kind, step=step.name)
-            yield Case(scene=pipeline.kind, deaths=(death,), reboot=True, open_ended=ended)
+            ended = step is subject.steps[-1] and moment == "recorded"
+            death = Point(moment=moment, kind=subject.kind, step=step.name)
+            either = ended or step.pool == "root"
+            yield Case(scene=subject.scene, deaths=(death,), reboot=True, open_ended=either)
 
 
 def _waited_for(lane: Lane) -> Iterator[Case]:
@@ -95,44 +133,44 @@ def _waited_for(lane: Lane) -> Iterator[Case]:
         for death in _points(lane, kind, name, None, scene=CREATE_ALL):
             yield Case(scene=CREATE_ALL, deaths=(death,))
     for kind, step in made:
-        trouble = trouble_at(lane, kind, step)
+        trouble = trouble_at(lane, kind, kind, step)
         for death in _points(lane, kind, step.name, trouble, scene=CREATE_ALL, back=True):
             yield Case(scene=CREATE_ALL, deaths=(death,), trouble=trouble)
 
 
-def _asked(pipeline: Pipeline) -> Iterator[Case]:
+def _asked(subject: Subject) -> Iterator[Case]:
     for moment in ASKING:
-        yield Case(scene=pipeline.kind, deaths=(Point(moment=moment),))
+        yield Case(scene=subject.scene, deaths=(Point(moment=moment),))
 
 
-def _undone_by(pipeline: Pipeline, failing: Step) -> list[Step]:
+def _undone_by(subject: Subject, failing: Step) -> list[Step]:
     """List the steps whose undo a failure is to show: its own, half done; all, where it is the last."""
-    if failing is pipeline.steps[-1] and not failing.forward_only:
-        return [step for step in pipeline.steps if step.undo is not None]
+    if failing is subject.steps[-1] and not failing.forward_only:
+        return [step for step in subject.new if step.undo is not None]
     return [failing] if failing.undo is not None else []
 
 
 def _points(
-    lane: Lane, kind: str, step: str, trouble: Trouble | None, *, scene: str = "", back: bool = False
+    lane: Lane, kind: str, step: str, trouble: Trouble | None, *, scene: str, back: bool = False
 ) -> Iterator[Point]:
     """List where an act can be interrupted: around it, and at each of its file operations."""
     act = mortal.name((kind, step, back))
-    _, counts = lane.clean(scene or kind, trouble)
+    _, counts = lane.clean(scene, trouble)
     if act not in counts:
-        raise LookupError(f"the scene of {scene or kind} never comes to {act}")
+        raise LookupError(f"the scene of {scene} never comes to {act}")
     for moment in AROUND:
         yield Point(moment=moment, kind=kind, step=step, back=back)
-    for nth in range(1, counts[act] + 1):
+    for nth in range(1, counts[act] + 1, EVERY.get(scene.removeprefix(kind) or scene, 1)):
         yield Point(moment="inside", kind=kind, step=step, back=back, nth=nth)
 
 
-def trouble_at(lane: Lane, kind: str, step: Step) -> Trouble:
+def trouble_at(lane: Lane, scene: str, kind: str, step: Step) -> Trouble:
     """Have a step fail where it leaves the most to undo and its outcome is still one."""
     if step.forward_only:
         return Trouble(kind=kind, step=step.name, when="after")
     if step.undo is None:
         return Trouble(kind=kind, step=step.name, when="before")
-    count = lane.clean(kind, None)[1][mortal.name((kind, step.name, False))]
+    count = lane.clean(scene, None)[1][mortal.name((kind, step.name, False))]
     return Trouble(kind=kind, step=step.name, when="inside", nth=count // 2 + 1)
 
 

@@ -27,13 +27,22 @@ from banger.tasks.context import World
 
 # Beginnings of bundles stay for the next attempt, and are the cache's to prune.
 _FURNITURE = re.compile(
-    r".*/banger\.db[^/]*|.*\.(fifo|lock)|cache/banger/(images|kernels)|cache/banger/bundles(/sha256(/.*\.part)?)?"
+    r".*/banger\.db[^/]*|root\.db[^/]*|vmms/root(/.*)?|.*\.(fifo|lock)|cache/banger/(images|kernels)|cache/banger/bundles(/sha256(/.*\.part)?)?"
 )
-"""The log itself, and what stays wherever something was once waited for or kept."""
+"""The logs themselves, what stays wherever something was once waited for, and root's recorded kernel.
+
+The last is compared by what root lists.
+"""
 
 _VM = re.compile(r"vm-[0-9a-z]{8}")
+_BROUGHT = re.compile(r"(?<=workspace-)op-[0-9a-z]{8}|(?<=\"op\":\")op-[0-9a-z]{8}")
+"""The operation that brought a workspace, by which its files are named."""
+
+_ON_BRIDGE = re.compile(r"(?<=^ledger address )[0-9.]+|fc-[0-9a-f]{10}|(?<=^ledger jail )[0-9a-f-]+")
+"""A VM's address, which is anyone's choice, and its tap, whose name is made from the VM's id."""
+
 # What differs from run to run: which process, when, how it came to stop.
-_VARIES = ("process", "created_us", "started_us", "ready_seconds", "reason", "host", "ssh_port")
+_VARIES = ("process", "created_us", "started_us", "ready_seconds", "reason", "host", "ssh_port", "address")
 
 
 class Account(Value):
@@ -62,7 +71,7 @@ def _files(home: Path) -> Iterator[str]:
         if _FURNITURE.fullmatch(str(path.relative_to(home))):
             continue
         status = path.lstat()
-        size = "" if path.is_dir() or path.suffix == ".log" else status.st_size
+        size = "" if path.is_dir() or path.suffix in (".log", ".vmm") else status.st_size
         yield f"{path.relative_to(home)} {status.st_mode:o} {size}"
 
 
@@ -82,6 +91,7 @@ def _normal(log: EventLog, lines: list[str]) -> Iterator[str]:
     for line in lines:
         for number, port in enumerate(ports):
             line = line.replace(f"port {port} ", f"port #{number} ")
+        line = _BROUGHT.sub("op-#", _ON_BRIDGE.sub("#", line))
         yield _VM.sub(lambda found: f"vm-#{vms.index(found[0])}", line)
 
 
@@ -120,7 +130,7 @@ def _unended(log: EventLog, op: str, whole: Op) -> Iterator[str]:
 
 def strays(log: EventLog, world: World) -> Iterator[str]:
     """Tell, for each kind of resource, what is on the host or in the ledger and not on the other side."""
-    found = audit(log, world.dirs, world.running)
+    found = audit(log, world.dirs, world.root, world.running)
     yield from (f"leaked: {each.kind} {each.id}" for each in found.leaked)
     yield from (f"missing: {each.kind} {each.id}" for each in found.missing)
     real, ours = set(_cached(world.dirs)), queries.resource_ids(log, "artifact")

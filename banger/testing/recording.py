@@ -18,22 +18,38 @@ from pathlib import Path
 import msgspec
 
 from banger import proc
-from banger.config import Config, Dirs, VmPaths
+from banger.config import Config, Dirs, Limits, VmPaths
 from banger.errors import Busy, Cancelled, HostLacks, PortTaken, ProgramFailed, WrongState
+from banger.events.fold import Vm
 from banger.guest import ssh
+from banger.helper.devicemapper import MAPPER
+from banger.helper.disks import SECTOR
+from banger.helper.storage import MIN_BYTES
 from banger.images import base, debian, store
 from banger.images import kernel as kernels
+from banger.images import seed as seeds
+from banger.images.layers import flatten
+from banger.images.magic import RootFormat
 from banger.images.remote.oci import ImageConfig, Layer, Pulled
 from banger.model import Artifact, Process, Value
-from banger.tasks.context import World
+from banger.tasks.context import Ask, World
+from banger.testing.recording_jailed import Inmates, RecordingFirecracker, line
+from banger.testing.recording_root import RecordingRoot
+from banger.testing.root_disks import RecordingDisks as RecordingKernelDisks
+from banger.testing.root_net import RecordingNet
 from banger.vmm.accelerator import Accelerator
-from banger.vmm.driver import Disk, Machine, Running
+from banger.vmm.driver import Disk, Machine, Running, Vmm
+from banger.workspace import guest as workspaces
+from banger.workspace.parcel import LAST
 
 HALF = "banger.half"
 FIRST_PID = 1 << 22
 """PID_MAX_LIMIT of linux/threads.h: no real process has this pid or a higher one."""
 
 PIDS = 4_000_000
+
+ELF = b"\x7fELF\x02\x01" + bytes(12) + b"\x3e\x00"
+"""As much of a kernel for x86-64 as is looked at."""
 
 
 class Record(Value):
@@ -43,7 +59,8 @@ class Record(Value):
     op: str
     process: Process
     runtime: Path
-    ssh_port: int
+    ssh_port: int | None
+    address: str | None
     written: tuple[Path, ...]
 
 
@@ -82,7 +99,8 @@ class RecordingVmm:
             op=machine.op,
             process=process,
             runtime=paths.runtime,
-            ssh_port=machine.ssh_port,
+            ssh_port=None if machine.tap else machine.ssh_port,
+            address=machine.address,
             written=tuple(disk.path for disk in machine.disks if not disk.read_only),
         )
         write(self._path(machine.vm), msgspec.json.encode(record, enc_hook=str))
@@ -99,7 +117,12 @@ class RecordingVmm:
         """List the VMMs whose sockets are in this directory."""
         for record in self._records():
             if record.runtime == runtime:
-                yield Running(vm=record.vm, process=record.process, ssh_port=record.ssh_port)
+                yield Running(
+                    vm=record.vm,
+                    process=record.process,
+                    ssh_port=record.ssh_port,
+                    address=record.address,
+                )
 
     def alive(self, process: Process) -> bool:
         """Tell whether exactly this VMM still runs."""
@@ -163,10 +186,13 @@ class RecordingVmm:
     def _refuse(self, machine: Machine) -> None:
         """Raise what a real VMM ends with when the host lacks what the machine needs."""
         for path in (machine.kernel, machine.initrd, *(disk.path for disk in machine.disks)):
-            if not path.exists():
+            if not (has_device(self._place, path) if _is_device(path) else path.exists()):
                 raise HostLacks(f"There is no {path}.")
+        net = RecordingNet(self._place / "root" / "net.json")
+        if machine.tap is not None and net.link(machine.tap) is None:
+            raise HostLacks(f"There is no interface {machine.tap}.")
         for record in self._records():
-            if record.ssh_port == machine.ssh_port:
+            if record.ssh_port == machine.ssh_port and not machine.tap:
                 raise PortTaken(f"Port {machine.ssh_port} is taken.")
             if any(_taken(disk, record) for disk in machine.disks):
                 raise Busy(f"A disk of {machine.name} is in use by {record.vm}.")
@@ -189,6 +215,16 @@ def _pid_line(process: Process) -> bytes:
 def _started(paths: VmPaths, process: Process) -> bool:
     """Tell whether a VMM has come to the end of its start; a pidfile is the last that it writes."""
     return paths.pidfile.exists() and paths.pidfile.read_bytes() == _pid_line(process)
+
+
+def _is_device(path: Path) -> bool:
+    return path.is_relative_to(MAPPER)
+
+
+def has_device(place: Path, path: Path) -> bool:
+    """Tell whether a dm device, and the node that leads to it, are in root's recorded kernel."""
+    kernel = RecordingKernelDisks(place / "root")
+    return path.name in kernel.nodes() and any(path.name == device.name for device in kernel.devices())
 
 
 def _taken(disk: Disk, record: Record) -> bool:
@@ -217,15 +253,90 @@ class RecordingGuest:
             raise Cancelled
         write(self._vmm.guest(path.stem), b"ready\n")
 
+
+class RecordingShell:
+    """The same over SSH, by which one in a jail is reached from the start."""
+
+    def __init__(self, vmm: RecordingVmm, inmates: Inmates):
+        self._vmm = vmm
+        self._inmates = inmates
+
+    def wait_ready(
+        self,
+        target: ssh.Target,
+        timeout_s: float,  # noqa: ARG002  nothing takes time here
+        *,
+        cancelled: Callable[[], bool],
+        alive: Callable[[], bool],
+        report: Callable[[], str],
+    ) -> None:
+        """Have the guest become ready; raises as `banger.guest.ssh` does."""
+        if not alive():
+            raise ProgramFailed(f"The VMM ended before the guest was ready. {report()}")
+        if cancelled():
+            raise Cancelled
+        for process in self._inmates.of(target.vm):
+            write(self._inmates.said(target.vm, "ready"), line(process))
+
     def power_off(self, target: ssh.Target) -> None:
         """Switch the guest off; raises ProgramFailed when nobody answers."""
-        if not self._vmm.find(target.vm) or not self._vmm.guest(target.vm).exists():
-            raise ProgramFailed("ssh exited with 255: Connection refused", status=255)
-        self._vmm.switch_off(target.paths)
+        if self._vmm.find(target.vm) and self._vmm.guest(target.vm).exists():
+            self._vmm.switch_off(target.paths)
+            return
+        for process in self._inmates.of(target.vm):
+            if self._inmates.is_so(target.vm, "ready", process):
+                self._inmates.kill(process)
+                return
+        raise ProgramFailed("ssh exited with 255: Connection refused", status=255)
+
+
+class RecordingWorkspaces:
+    """Workspaces that are a line of text beside the work disk: new first, then in place of the one before."""
+
+    def look(self, target: ssh.Target, place: workspaces.Place) -> workspaces.Seen:  # noqa: ARG002
+        """Have git and room, as every guest here."""
+        return workspaces.Seen(git=True, free_kib=1 << 20)
+
+    def send(
+        self,
+        target: ssh.Target,
+        place: workspaces.Place,
+        parcel: Path,
+        cancelled: Callable[[], bool],
+    ) -> None:
+        """Make it so that the workspace is there; raises as `banger.workspace.guest` does."""
+        if not (parcel / LAST).exists():
+            raise ProgramFailed("The parcel is not whole.")
+        _stop_if(cancelled)
+        there, new = self._path(target), self._path(target).with_suffix(".new")
+        if there.exists() and there.read_text() == place.op:
+            return
+        write(new, place.op.encode())
+        if there.exists():
+            there.replace(there.with_suffix(".before"))
+        new.replace(there)
+
+    def withdraw(self, target: ssh.Target, place: workspaces.Place) -> None:
+        """Make it so that the workspace before is there."""
+        there = self._path(target)
+        there.with_suffix(".new").unlink(missing_ok=True)
+        if there.exists() and there.read_text() == place.op:
+            there.unlink()
+        if not there.exists() and there.with_suffix(".before").exists():
+            there.with_suffix(".before").replace(there)
+
+    def _path(self, target: ssh.Target) -> Path:
+        return target.paths.work.with_suffix(".workspace")
 
 
 class RecordingDisks:
-    """Disks that are a line of text, made as real ones are: beside, then renamed."""
+    """Disks that are a line of text, made as real ones are: beside, then renamed.
+
+    Those that root makes are in its recorded kernel.
+    """
+
+    def __init__(self, place: Path):
+        self._place = place
 
     def make(self, path: Path, size_mib: int, *, label: str) -> None:
         """Make it so that a disk is at `path`; an existing one is left as it is."""
@@ -234,17 +345,60 @@ class RecordingDisks:
         with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
             new = Path(file.name)
         try:
-            write(new, f"{label} {size_mib} MiB\n".encode())
+            write(new, f"{label} {size_mib} MiB\n".encode().rjust(SECTOR))
             new.replace(path)
         except BaseException:
             new.unlink(missing_ok=True)
             raise
 
+    def make_home(self, path: Path, size_mib: int, *, seed: Path, below: bytes) -> None:
+        """Make it so that a disk that holds its seed is at `path`."""
+        self.make(path, size_mib, label=f"home {below.decode()} {seed.read_text()}")
+
+    def grow(self, path: Path, size_mib: int) -> None:
+        """Make it so that the disk has this size, as a real one grows: in a copy beside it."""
+        label = path.read_text("utf-8").lstrip().rpartition(" ")[0].rpartition(" ")[0]
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
+            new = Path(file.name)
+        write(new, f"{label} {size_mib} MiB\n".encode().rjust(SECTOR))
+        new.replace(path)
+
     def check(self, path: Path) -> bool:
         """Look whether the disk is whole: there is nothing to mend in a line of text."""
+        if _is_device(path):
+            if not has_device(self._place, path):
+                raise ProgramFailed(f"There is no {path}.")
+            return False
         if not path.read_bytes().endswith(b" MiB\n"):
             raise ProgramFailed(f"The disk {path.name} is half a line.")
         return False
+
+
+def take_seed(
+    base: Path,
+    form: RootFormat,
+    target: Path,
+    *,
+    limits: flatten.Limits | None = None,  # noqa: ARG001  a few bytes
+    cancelled: Callable[[], bool] = lambda: False,  # noqa: ARG001  that take no time
+) -> None:
+    """Write a line for what a base file has in /root."""
+    write(target, f"of {base.stat().st_size} bytes, {form}".encode())
+
+
+def write_whole(
+    squashfs: Path,
+    target: Path,
+    *,
+    label: str,
+    least_mib: int,  # noqa: ARG001  as little as root takes for a disk
+    limits: flatten.Limits | None = None,  # noqa: ARG001  a few bytes
+    cancelled: Callable[[], bool] = lambda: False,
+) -> None:
+    """Write a line for what a squashfs has, in a file of the size of a disk."""
+    _stop_if(cancelled)
+    write(target, f"{label}: {squashfs.stat().st_size} bytes".encode())
+    os.truncate(target, MIN_BYTES)
 
 
 def _stop_if(cancelled: Callable[[], bool]) -> None:
@@ -269,7 +423,8 @@ class RecordingImages:
             write(staging / "root.tar", b"packages")
             _stop_if(cancelled)
             progress("writing the file system")
-            write(staging / base.FILE, b"a root file system")
+            write(staging / base.FILE, b"a root file system".ljust(SECTOR))
+            take_seed(staging / base.FILE, "squashfs", staging / seeds.FILE)
             (staging / "root.tar").unlink()
             return {"packages": list(recipe.include)}
 
@@ -292,7 +447,7 @@ class RecordingKernels:
         def make(staging: Path) -> dict[str, str | int | list[str]]:
             progress("making the initrd")
             _stop_if(cancelled)
-            write(staging / kernels.VMLINUZ, b"a kernel")
+            write(staging / kernels.VMLINUZ, ELF)
             write(staging / kernels.INITRD, b"an archive")
             return {"version": "0"}
 
@@ -303,7 +458,13 @@ class RecordingPuller:
     """A registry whose images have two layers of a few bytes."""
 
     def fetch(
-        self, reference: str, blobs: Path, *, progress: Callable[[str], None], cancelled: Callable[[], bool]
+        self,
+        reference: str,
+        blobs: Path,
+        *,
+        limits: Limits,  # noqa: ARG002  a few bytes
+        progress: Callable[[str], None],
+        cancelled: Callable[[], bool],
     ) -> Pulled:
         """Make it so that the image's blobs are in the cache."""
         layers = []
@@ -324,6 +485,8 @@ class RecordingPuller:
         staging: Path,
         name: str,
         *,
+        blobs: Path,  # noqa: ARG002  nobody prunes meanwhile
+        limits: Limits,  # noqa: ARG002  a few bytes
         progress: Callable[[str], None],
         cancelled: Callable[[], bool],
     ) -> dict[str, str | int | list[str]]:
@@ -331,6 +494,7 @@ class RecordingPuller:
         progress(f"joining {len(pulled.layers)} layers into {name}")
         _stop_if(cancelled)
         write(staging / base.FILE, b"".join(layer.path.read_bytes() for layer in pulled.layers))
+        take_seed(staging / base.FILE, "squashfs", staging / seeds.FILE)
         return {"reference": pulled.reference, "manifest": pulled.digest}
 
 
@@ -339,15 +503,37 @@ class RecordingWorld(World):
 
     def __init__(self, dirs: Dirs, config: Config, place: Path):
         super().__init__(dirs, config)
+        self._place = place
         self.recorded = RecordingVmm(place)
         self.vmm = self.recorded
         self.accelerator = Accelerator(name="tcg", why="Nothing runs here.", tsc_khz=1)
-        self.agent = self.shell = RecordingGuest(self.recorded)
-        self.disks = RecordingDisks()
+        self.inmates = Inmates(place)
+        self.agent = RecordingGuest(self.recorded)
+        self.shell = RecordingShell(self.recorded, self.inmates)
+        self.disks = RecordingDisks(place)
+        self.owner_home = place
+        self.write_whole = write_whole
+        self.take_seed = take_seed
+        self.workspaces = RecordingWorkspaces()
         self.images = RecordingImages()
         self.kernels = RecordingKernels()
         self.puller = RecordingPuller()
+        self.root = RecordingRoot(place)
+
+    def firecracker(self, ask: Ask) -> Vmm:
+        """Give the real driver, over recorded jails."""
+        return RecordingFirecracker(self.root, ask, self._place, write)
 
     def running(self, runtime: Path) -> Iterable[Running]:
         """List the VMMs whose sockets are in this directory."""
         return self.recorded.running(runtime)
+
+    def alive(self, process: Process) -> bool:
+        """Tell whether exactly this VMM runs, in a jail or without."""
+        return self.recorded.alive(process) or self.inmates.alive(process)
+
+    def kill(self, vm: Vm) -> None:
+        """End a VM's VMM as SIGKILL does."""
+        self.recorded.kill(vm.id)
+        if vm.process is not None:
+            self.inmates.kill(vm.process)

@@ -176,6 +176,7 @@ class Deadly:
         self._left = at
 
     def at_boundary(self) -> None:
+        """Count one more; at the last, this process is killed."""
         self._left -= 1
         if self._left == 0:
             os.kill(os.getpid(), signal.SIGKILL)

@@ -12,6 +12,11 @@ from banger.model import Process, Value
 # found without having been recorded.
 MARK_VM = "BANGER_VM"
 MARK_OP = "BANGER_OP"
+MARK_ADDRESS = "BANGER_ADDRESS"
+
+
+ROOT = "root"
+"""The serial of a disk that is the guest's whole root: a device of the host's, not a file."""
 
 
 class Disk(Value):
@@ -25,8 +30,8 @@ class Disk(Value):
 class Machine(Value):
     """A virtual machine that is ready to be launched: everything is decided, nothing is derived later.
 
-    `words` is the kernel command line; `ssh_port` is on the host's 127.0.0.1 and leads to the
-    guest's port 22.
+    `words` is the kernel command line. Without a `tap` the guest has a network of its own, and
+    `ssh_port` of the host's 127.0.0.1 leads to its port 22; on a tap it is at `address`.
     """
 
     vm: str
@@ -42,14 +47,17 @@ class Machine(Value):
     mac: str
     nat: bool
     paths: VmPaths
+    tap: str | None = None
+    address: str | None = None
 
 
 class Running(Value):
-    """A VMM process on the host: whose it is, and the port of 127.0.0.1 that it forwards, if any."""
+    """A VMM process on the host: whose it is, and the port of 127.0.0.1 or the address its guest has."""
 
     vm: str
     process: Process
     ssh_port: int | None
+    address: str | None = None
 
 
 class Vmm(Protocol):

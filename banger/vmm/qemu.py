@@ -9,7 +9,6 @@ client connects at once and its first answer, or the hang-up, is the end of the 
 from __future__ import annotations
 
 import contextlib
-import os
 import re
 import socket
 from collections.abc import Iterator
@@ -19,9 +18,9 @@ from banger import proc
 from banger.config import VmPaths
 from banger.errors import BangerError, TimedOut, WrongState, from_os_error
 from banger.model import Process
-from banger.vmm import qmp, witness
+from banger.vmm import console, qmp, witness
 from banger.vmm.accelerator import Accelerator
-from banger.vmm.driver import MARK_OP, MARK_VM, Disk, Machine, Running
+from banger.vmm.driver import MARK_ADDRESS, MARK_OP, MARK_VM, Disk, Machine, Running
 from banger.vmm.qemu_errors import explain
 
 PROGRAM = "qemu-system-x86_64"
@@ -31,7 +30,6 @@ TB_CACHE_MIB = 32
 AGENT_PORT = "banger.agent"
 START_TIMEOUT_S = 30.0
 CONTROL_TIMEOUT_S = 5.0
-TAIL_BYTES = 4096
 
 
 def argv(machine: Machine, accel: Accelerator, *, qmp_fd: int, agent_fd: int) -> list[str]:
@@ -91,7 +89,9 @@ def _disk(disk: Disk) -> list[str]:
 
 
 def _network(machine: Machine) -> str:
-    """Give the user-mode network; restricted, a guest reaches neither the host nor the world."""
+    """Give the tap or, without one, the user-mode network: restricted, its guest reaches nothing."""
+    if machine.tap is not None:
+        return f"tap,id=net,ifname={machine.tap},script=no,downscript=no"
     restrict = "off" if machine.nat else "on"
     forward = f"hostfwd=tcp:127.0.0.1:{machine.ssh_port}-:22"
     return f"user,id=net,ipv6=off,restrict={restrict},{forward}"
@@ -104,7 +104,14 @@ def running(runtime: Path) -> Iterator[Running]:
         words = proc.words(process)
         if str(runtime) in words:
             port = re.search(r"hostfwd=tcp:127\.0\.0\.1:(\d+)-:22", words)
-            yield Running(vm=vm, process=process, ssh_port=int(port[1]) if port else None)
+            address = proc.mark_of(process, MARK_ADDRESS)
+            yield Running(vm=vm, process=process, ssh_port=int(port[1]) if port else None, address=address)
+
+
+def _marks(machine: Machine) -> dict[str, str]:
+    """Give what the process carries in its environment."""
+    marks = {MARK_VM: machine.vm, MARK_OP: machine.op}
+    return marks if machine.address is None else {**marks, MARK_ADDRESS: machine.address}
 
 
 def _value(path: Path) -> str:
@@ -163,7 +170,7 @@ class Qemu:
 
     def crash_report(self, paths: VmPaths) -> str:
         """Tell what QEMU and the guest's console said last."""
-        said = (_tail(paths.vmm_log), _tail(paths.console))
+        said = (console.tail(paths.vmm_log), console.tail(paths.console))
         return "\n".join(text for text in said if text)
 
     def _adopt(self, machine: Machine) -> Process | None:
@@ -182,7 +189,7 @@ class Qemu:
                 ["setsid", "--fork", proc.which(PROGRAM, PACKAGE), *command[1:]],
                 errors=_fresh(machine.paths.vmm_log),
                 keep=(lock, control, agent),
-                env={MARK_VM: machine.vm, MARK_OP: machine.op},
+                env=_marks(machine),
             )
             launcher.wait()
 
@@ -201,7 +208,7 @@ class Qemu:
         except TimedOut:
             raise TimedOut(f"QEMU did not start within {START_TIMEOUT_S:g} s.") from None
         if process is None:
-            raise explain(_tail(machine.paths.vmm_log), machine)
+            raise explain(console.tail(machine.paths.vmm_log), machine)
         return process
 
 
@@ -226,17 +233,3 @@ def _fresh(path: Path) -> Path:
 def _remove_remains(paths: VmPaths) -> None:
     for path in (paths.qmp, paths.agent, paths.pidfile):
         path.unlink(missing_ok=True)
-
-
-def _tail(path: Path) -> str:
-    """Give the end of a text that a guest may have written: whole lines, at most 4 KiB."""
-    try:
-        with path.open("rb") as file:
-            size = file.seek(0, os.SEEK_END)
-            file.seek(max(0, size - TAIL_BYTES))
-            data = file.read(TAIL_BYTES)
-    except FileNotFoundError:
-        return ""
-    if size > TAIL_BYTES:
-        data = data.partition(b"\n")[2]
-    return data.decode("utf-8", "replace").strip()

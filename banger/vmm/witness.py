@@ -50,6 +50,18 @@ def sole(vm: str, directory: Path) -> Iterator[int]:
         os.close(fd)
 
 
+def wait_idle(directory: Path, timeout_s: float) -> bool:
+    """Wait until no process of the VM is left, ending none; False when one still is after `timeout_s`."""
+    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        deadline = time.monotonic() + timeout_s
+        while not (idle := _try_lock(fd)) and time.monotonic() < deadline:
+            time.sleep(LOOK_AGAIN_S)
+        return idle
+    finally:
+        os.close(fd)
+
+
 def end_marked(vm: str) -> None:
     """SIGKILL every process that carries the VM's mark and wait until each is gone."""
     for process in proc.find_by_environ(MARK_VM, vm):

@@ -29,6 +29,7 @@ root = Root(
         "image": "artifacts:images",
         "kernel": "artifacts:kernels",
         "daemon": "daemon:branch",
+        "ssh-config": "ssh_config:branch",
         "doctor": "doctor:doctor",
         "help": "topics:topic",
         "ps": "vm:list_",
@@ -57,6 +58,20 @@ def run(words: list[str]) -> int:
         return INTERRUPTED
     except BrokenPipeError:
         return output.hang_up()
+
+
+def ended_by(error: BaseException) -> int:
+    """Tell of the error that ended a command of the fast path, and give its exit code."""
+    output.prepare()
+    match error:
+        case BangerError():
+            output.Out(as_json=False).error(error)
+            return error.exit_code
+        case KeyboardInterrupt():
+            return INTERRUPTED
+        case BrokenPipeError():
+            return output.hang_up()
+    raise error
 
 
 def _usage(error: click.ClickException) -> InvalidRequest:

@@ -129,11 +129,12 @@ def _story(found: Json) -> Iterator[str]:
             ("size", None if found["size_bytes"] is None else layout.size(found["size_bytes"])),
             ("created", layout.moment(found["created_us"])),
             ("by", found.get("op")),
+            ("kernel of its VMs", found.get("kernel")),
             ("source", found.get("source")),
         ]
     )
     for key, value in (found["details"] or {}).items():
-        if value in ("", []):
+        if value in ("", []) or (key == "kernel" and "kernel" in found):
             continue
         if isinstance(value, list):
             yield from ("", f"{key}:", *(f"  {each}" for each in value))

@@ -60,9 +60,20 @@ def _make(op: str) -> Json:
 
     dirs = config.find_dirs()
     try:
-        return bundles.make(dirs, op, _host(), Redactor(private_here(dirs)))
+        return bundles.make(dirs, op, _host(), Redactor(private_here(dirs)), _by_root)
     except OSError as error:
         raise from_os_error(error) from error
+
+
+def _by_root(op: str) -> list[Json]:
+    """Ask root for its own account; where it does not answer, the bundle has none."""
+    from banger import config
+    from banger.tasks.root import Pool, audit_of
+
+    try:
+        return audit_of(Pool(Path(config.load(config.find_dirs()).root_socket)), op)
+    except BangerError:
+        return []
 
 
 def _host() -> Json:
@@ -131,6 +142,8 @@ def replayed(path: Path, op: str | None) -> Json:
     from banger.events import bundle as bundles
     from banger.rpc import views
 
-    replay = bundles.replay(bundles.read(path))
+    document = bundles.read(path)
+    replay = bundles.replay(document)
     found = replay.op if op is None else replay.find(op)
-    return views.op(replay.summary(found), replay.ops[found])
+    by_root = document.get("root", []) if found == replay.op else []
+    return views.op(replay.summary(found), replay.ops[found]) | {"root": by_root}

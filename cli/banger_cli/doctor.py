@@ -44,10 +44,15 @@ def _examine() -> Iterable[Any]:
 
 
 def _story(checks: list[Json], failed: int) -> Iterator[str]:
+    yield from marked(checks)
+    yield ""
+    yield f"{failed} of {len(checks)} checks failed." if failed else "This host is fit."
+
+
+def marked(checks: list[Json]) -> Iterator[str]:
+    """Lay out checks, each with what to do about it unless it passed."""
     width = max((len(each["name"]) for each in checks), default=0)
     for each in checks:
         yield f"{_MARKS[each['status']]} {each['name'].ljust(width)}  {each['detail']}"
         if each["hint"] and each["status"] != "pass":
             yield f"  {' ' * width}  → {each['hint']}"
-    yield ""
-    yield f"{failed} of {len(checks)} checks failed." if failed else "This host is fit."

@@ -29,17 +29,18 @@ def _entry(out: Out, kind: str, name: str) -> Json:
     """Find a name in the catalogs, and what they say it is."""
     import msgspec
 
-    source: Json = msgspec.to_builtins(catalogs(out).find(kind, name).source)  # type: ignore[arg-type]  # image or kernel
-    return source
+    entry: Json = msgspec.to_builtins(catalogs(out).find(kind, name))  # type: ignore[arg-type]  # image or kernel
+    return entry
 
 
 def _pull(out: Out, kind: str, what: str, name: str | None, key: str | None) -> Json:
-    source = _entry(out, kind, what)
+    entry = _entry(out, kind, what)
+    source, named = entry["source"], {"vm_kernel": entry["vm_kernel"]} if kind == "image" else {}
     match source.pop("type"):
         case "bundle":
-            return wire.call(f"{kind}.install", name=name or what, bundle=source, key=key)
+            return wire.call(f"{kind}.install", name=name or what, bundle=source, key=key, **named)
         case "reference":
-            return wire.call("image.pull", reference=source["text"], name=name or what, key=key)
+            return wire.call("image.pull", reference=source["text"], name=name or what, key=key, **named)
         case _:
             method = "image.build" if kind == "image" else "kernel.pull"
             return {**wire.call(method, key=key, **{kind: source["name"]}), "name": source["name"]}
@@ -93,15 +94,24 @@ Examples:
 Next: banger vm create --image mine --wait""")  # fmt: skip
 @click.argument("name", metavar="NAME")
 @click.argument("file", type=click.Path(path_type=Path))
+@click.option("--kernel", help="The kernel of its VMs; see `banger kernel list`.")
 @wait_options
 @key_option
 @click.pass_obj
-def register(out: Out, name: str, file: Path, waits: bool, on_interrupt: str | None, key: str | None) -> None:
+def register(
+    out: Out,
+    name: str,
+    file: Path,
+    kernel: str | None,
+    waits: bool,
+    on_interrupt: str | None,
+    key: str | None,
+) -> None:
     """Use a root file system (ext4 or squashfs) as an image, where it is.
 
     It must stay as it is: VMs share it, and do not start when it has changed.
     """
-    reply = wire.call("image.register", name=name, file=str(file.absolute()), key=key)
+    reply = wire.call("image.register", name=name, file=str(file.absolute()), vm_kernel=kernel, key=key)
     ended(out, reply, waits, on_interrupt, f"{reply['name']} is registered")
 
 

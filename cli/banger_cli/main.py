@@ -9,6 +9,9 @@ from banger_cli import fast
 
 def main() -> None:
     """Run the command line in `sys.argv` and exit with its code."""
+    code = fast.execute(sys.argv[1:])
+    if code is not None:
+        sys.exit(code)
     answer = fast.answer(sys.argv[1:])
     if answer is None:
         from banger_cli import app

@@ -123,6 +123,22 @@ def _story(op: Json) -> Iterator[str]:
     if op["resources"]:
         rows = [(each["kind"], each["id"], each["state"], each["step"]) for each in op["resources"]]
         yield from ("", *layout.table(("RESOURCE", "ID", "STATE", "STEP"), rows))
+    yield from _by_root(op.get("root", ()))
+
+
+def _by_root(lines: list[Json] | None) -> Iterator[str]:
+    """Show root's own account beside the owner's."""
+    if lines is None:
+        yield from ("", "The root helper does not tell what it did: it does not answer.")
+    elif lines:
+        rows = [
+            (
+                layout.moment(each["time_us"]),
+                *(each[key] or None for key in ("step", "verb", "outcome", "message")),
+            )
+            for each in lines
+        ]
+        yield from ("", *layout.table(("BY ROOT", "STEP", "VERB", "OUTCOME", "MESSAGE"), rows))
 
 
 def _messages(errors: Iterable[Json]) -> Iterator[str]:
@@ -259,7 +275,7 @@ Examples:
 def audit(out: Out, fix: bool) -> int:
     """Compare what operations acquired and released with what is really on the host.
 
-    Exits with 1 when something leaked, or is missing.
+    Exits with 1 when something leaked or is missing, or what root made could not be looked at.
     """
     found = wire.call("ops.audit")
     if fix and found["leaked"]:
@@ -268,7 +284,7 @@ def audit(out: Out, fix: bool) -> int:
         found = wire.call("ops.audit")
         found["removed"] = [each for each in before if each not in found["leaked"]]
     out.show(found, _audited(found))
-    return 1 if found["leaked"] or found["missing"] else 0
+    return 1 if found["leaked"] or found["missing"] or found["unseen"] else 0
 
 
 def _audited(found: Json) -> Iterator[str]:
@@ -280,5 +296,7 @@ def _audited(found: Json) -> Iterator[str]:
         for each in found.get(word, ()):
             by = f" by {each['op']} on {layout.moment(each['time_us'])}" if each["op"] else ""
             yield f"  {word}: {each['kind']} {each['id']} of {each['vm']}{', acquired' + by if by else ''}"
+    if found["unseen"]:
+        yield f"Taps and rules were not looked at. {found['unseen']}"
     if found["leaked"]:
         yield "`banger ops audit --fix` removes what leaked."

@@ -19,6 +19,8 @@ from banger_cli.inside import enter, execute, remind
 from banger_cli.interrupt import DETACH, Detached, Interruption
 from banger_cli.output import Out
 from banger_cli.spec import CreatesWithWords, spec_line, spec_options
+from banger_cli.tools import bootstrap
+from banger_cli.workspace import bring, checked, show_listing, wish_options
 
 Json = dict[str, Any]
 LOOK_S = 1.0
@@ -26,27 +28,39 @@ LOOK_S = 1.0
 
 @click.command("run", cls=CreatesWithWords, epilog="""\
 Examples:
-  banger vm run --rm -- make test          one command; nothing is left, whatever happens
+  banger vm run --rm -- uname -a           one command; nothing is left, whatever happens
+  banger vm run --rm ./repo -- make test   the same in a checkout of a repository
   banger vm run                            a shell in a new machine, which then stays
   banger vm run --rm --memory 4G --nat     a shell in one that goes with it
   banger vm run -d --name db               a machine in the background
+  banger vm run . --include-untracked      a shell where your working tree is
 
 Next: banger vm list, banger vm delete NAME""")  # fmt: skip
+@click.argument("repository", metavar="[REPO]", required=False)
 @click.option("--rm", is_flag=True, help="Delete the VM at the end, whatever happens.")
 @click.option("-d", "--detach", is_flag=True, help="Leave it running and come back; prints its name.")
+@wish_options
+@click.option("--dry-run", is_flag=True, help="List the repository's files that would be brought; no VM.")
+@click.option("--no-bootstrap", is_flag=True, help="Do not install the tools that a mise file names.")
 @spec_options
 @interrupt_option
 @click.pass_obj
 def run(
     out: Out,
     /,
+    repository: str | None,
     rm: bool,
     detach: bool,
+    dry_run: bool,
+    no_bootstrap: bool,
+    branch: str | None,
+    source: str | None,
+    untracked: bool,
     on_interrupt: str | None,
     words: tuple[str, ...],
     **spec: Any,
 ) -> int:
-    """Create a VM and go inside, or run one command in it.
+    """Create a VM and go inside, or run one command in it; with a repository, in a checkout of it.
 
     The command's exit code is banger's. Only its output is on standard output; the stages are
     on standard error.
@@ -55,6 +69,11 @@ def run(
     _refuse_nonsense(
         rm=rm, on_interrupt=on_interrupt, detach=detach, command=bool(words), interactive=interactive
     )
+    wish = {"branch": branch, "source": source, "untracked": untracked}
+    listed = _listed(repository, dry_run=dry_run, **wish)
+    if dry_run:
+        show_listing(out, listed or {})
+        return 0
     with wire.connect() as daemon:
         made = daemon.request("vm.create", start=True, ephemeral=rm, join=False, **spec)
         with _gone_at_end(out, daemon, made) if rm else contextlib.nullcontext():
@@ -62,16 +81,42 @@ def run(
             ready = _boot(out, made, interruption)
             if interruption.cancelled and (words or interactive):
                 raise _too_late(made)
+            if listed is not None:
+                bring(out, made["vm"], listed, **wish)
+                if listed["mise"] and not no_bootstrap:
+                    bootstrap(out, made["vm"], nat=made["spec"]["nat"])
             if words:
                 code = execute(out, made["vm"], words, about=ready)
             elif interactive:
-                code = enter(wire.call("vm.ssh", vm=made["vm"])["argv"])
+                code = enter(wire.call("vm.ssh", vm=made["vm"])["argv"], _shell_in(made, listed))
             else:
                 code = 0
                 out.show(ready, [made["name"] if detach else f"banger vm ssh {made['name']}"])
         if not rm and (words or interactive):
             remind(out, made["name"])
     return code
+
+
+def _listed(repository: str | None, *, dry_run: bool, **wish: Any) -> Json | None:
+    """Look at the repository before there is a VM. Raises InvalidRequest."""
+    if repository is not None:
+        return checked(repository, **wish)
+    given = [name for name, value in (("--dry-run", dry_run), *wish.items()) if value]
+    if given:
+        named = {"branch": "--branch", "source": "--from", "untracked": "--include-untracked"}
+        raise click.UsageError(
+            f"{named.get(given[0], given[0])} belongs to a repository, and none is named.",
+            click.get_current_context(),
+        )
+    return None
+
+
+def _shell_in(made: Json, listed: Json | None) -> tuple[str, ...]:
+    """Give the words of a shell in the workspace; none for the shell that ssh gives by itself."""
+    if listed is None:
+        return ()
+    path = wire.call("workspace.show", vm=made["vm"])["workspace"]["path"]
+    return ("sh", "-c", 'cd "$0"; exec "${SHELL:-sh}" -l', path)
 
 
 def _refuse_nonsense(

@@ -14,12 +14,20 @@ import select
 import signal
 import struct
 import sys
-import termios
-import tty
 from collections.abc import Callable, Iterator
 
-from banger.errors import from_dict
-from banger_cli.wire import Connection, ConnectionLost
+# What is not imported here is imported where it is needed: `vm exec` is to cost little.
+TYPE_CHECKING = False  # as typing has it, at no cost
+if TYPE_CHECKING:
+    import _socket
+    from typing import Protocol
+
+    class Carrier(Protocol):
+        """A connection to the daemon on which a command runs."""
+
+        def take(self) -> tuple[_socket.socket, bytearray]:
+            """Give the socket and the bytes already read from it."""
+
 
 Sink = Callable[[bytes], object]
 
@@ -35,7 +43,7 @@ _LEAVE_AFTER = 3
 class Session:
     """One running command; `run` returns its exit code."""
 
-    def __init__(self, daemon: Connection, *, stdin: int | None, stdout: Sink, stderr: Sink):
+    def __init__(self, daemon: Carrier, *, stdin: int | None, stdout: Sink, stderr: Sink):
         self._sock, self._in = daemon.take()
         self._out = bytearray()
         self._stdin = stdin
@@ -92,6 +100,8 @@ class Session:
         except ConnectionResetError:
             data = b""
         if not data:
+            from banger_cli.wire import ConnectionLost
+
             raise ConnectionLost("The daemon went away; the command in the guest may still run.")
         self._in += data
         self._take_frames()
@@ -112,6 +122,8 @@ class Session:
         elif kind == b"x":
             self._exit = json.loads(payload)["exit"]
         elif kind == b"f":
+            from banger.errors import from_dict
+
             raise from_dict(json.loads(payload))
 
     def _read_stdin(self, fd: int) -> None:
@@ -159,6 +171,9 @@ def caught_signals() -> Iterator[int]:
 @contextlib.contextmanager
 def raw_terminal(fd: int) -> Iterator[None]:
     """Let every key reach the guest; the terminal is put back as it was, whatever happens."""
+    import termios
+    import tty
+
     before = termios.tcgetattr(fd)
     tty.setraw(fd)
     try:

@@ -39,6 +39,16 @@ spec_options = stacked(
         click.option("--memory", "memory_mib", type=size, help="RAM: 512M, 2G (MiB by default)."),
         click.option("--disk-size", "disk_mib", type=size, help="Size of the disk at /root."),
         click.option("--nat/--no-nat", default=None, help="Let it reach the network."),
+        click.option(
+            "--network",
+            type=click.Choice(["user", "bridge"]),
+            help="QEMU's own network, or an address on a bridge (needs the root helper).",
+        ),
+        click.option(
+            "--root-disk",
+            type=click.Choice(["overlay", "snapshot"]),
+            help="Image and changes joined in the guest, or on the host (needs the root helper).",
+        ),
     ]
 )
 
@@ -47,7 +57,8 @@ def spec_line(spec: Json) -> str:
     """Show what a VM is made of, every value that was not given resolved."""
     return (
         f"spec: name={spec['name']} image={spec['image']} vcpu={spec['vcpu']} "
-        f"memory={spec['memory_mib']}MiB disk={spec['disk_mib']}MiB nat={'on' if spec['nat'] else 'off'}"
+        f"memory={spec['memory_mib']}MiB disk={spec['disk_mib']}MiB "
+        f"network={spec['network']} nat={'on' if spec['nat'] else 'off'}"
     )
 
 

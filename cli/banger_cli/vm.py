@@ -11,11 +11,12 @@ import click
 from banger import layout
 from banger.errors import BangerError
 from banger_cli import wire
+from banger_cli import workspace as workspaces
 from banger_cli.commands import Branch, Leaf, interrupt_option, key_option, op_line, wait_options
 from banger_cli.follow import wait
 from banger_cli.interrupt import Detached, Interruption
 from banger_cli.output import Out
-from banger_cli.spec import Creates, name, spec_line, spec_options
+from banger_cli.spec import Creates, name, size, spec_line, spec_options
 
 Json = dict[str, Any]
 
@@ -25,10 +26,19 @@ branch = Branch(
         "run": "run:run",
         "create": "vm:create",
         "exec": "inside:exec_",
+        "jobs": "jobs:jobs",
+        "attach": "jobs:attach",
+        "wait": "jobs:wait",
+        "kill-job": "jobs:kill_job",
+        "cp": "copy:cp",
         "ssh": "inside:ssh",
         "list": "vm:list_",
         "show": "vm:show",
         "logs": "inside:logs",
+        "ping": "looking:ping",
+        "health": "looking:health",
+        "ports": "looking:ports",
+        "stats": "looking:stats",
         "history": "past:history",
         "why": "past:why",
         "start": "vm:start",
@@ -36,6 +46,10 @@ branch = Branch(
         "restart": "vm:restart",
         "kill": "vm:kill",
         "delete": "vm:delete",
+        "set": "vm:set_",
+        "workspace": "workspace:branch",
+        "touch": "looking:touch",
+        "prune": "prune:prune",
     },
     aliases={"ps": "list", "ls": "list", "rm": "delete"},
     help="Make virtual machines, go inside, throw them away.",
@@ -146,16 +160,22 @@ def _story(vm: Json) -> Iterator[str]:
             ("at work", vm["op"]),
             ("image", vm["image"]),
             ("kernel", vm["kernel"]),
-            ("vcpu", vm["vcpu"]),
-            ("memory", f"{vm['memory_mib']}MiB"),
+            ("vcpu", _asked_for(vm, "vcpu")),
+            ("memory", _asked_for(vm, "memory_mib", "MiB")),
             ("disk", f"{vm['disk_mib']}MiB"),
-            ("nat", "on" if vm["nat"] else "off"),
+            ("root disk", vm["root_disk"]),
+            ("network", vm["network"]),
+            ("nat", _asked_for(vm, "nat")),
+            ("address", vm["address"]),
             ("ephemeral", "yes, it goes with the command that made it" if vm["ephemeral"] else None),
+            *workspaces.story(vm["workspace"]),
             ("created", layout.moment(vm["created_us"])),
             ("started", layout.moment(vm["started_us"])),
             ("ssh port", vm["ssh_port"]),
             ("pid", vm["pid"]),
+            ("vmm", vm.get("vmm")),
             ("accelerator", vm.get("accelerator")),
+            ("idle", _idle(vm)),
             ("console", vm.get("console")),
         ]
     )
@@ -167,6 +187,24 @@ def _story(vm: Json) -> Iterator[str]:
             (layout.moment(each["time_us"]), each["op"], each["kind"], each["fate"]) for each in vm["history"]
         ]
         yield from ("", *layout.table(("WHEN", "OP", "KIND", "FATE"), history))
+
+
+def _asked_for(vm: Json, key: str, unit: str = "") -> str:
+    """Show a setting; while the VM runs with another, both."""
+    now = vm.get("runs_with", {}).get(key)
+    asked = _worded(vm[key]) + unit
+    return asked if now is None else f"{_worded(now)}{unit} (asked for: {asked}, from its next start)"
+
+
+def _worded(value: int | bool) -> str:
+    return {True: "on", False: "off"}[value] if isinstance(value, bool) else str(value)
+
+
+def _idle(vm: Json) -> str | None:
+    if vm.get("auto_stop_in_s") is None:
+        return None
+    idle, left = layout.seconds(vm["idle_s"]), layout.seconds(vm["auto_stop_in_s"])
+    return f"for {idle}; stopped in {left} if nobody uses it"
 
 
 class Ends(NamedTuple):
@@ -267,3 +305,35 @@ kill = _verb(
 delete = _verb(
     "delete", "Delete VMs, whatever state they are in, without a trace.", Ends("is gone", "is gone already")
 )
+
+
+@click.command("set", cls=Leaf, epilog="""\
+Examples:
+  banger vm set web --vcpu 4 --memory 4G   from its next start: banger vm restart web
+  banger vm set web --disk-size 40G        of a stopped one; disks grow only
+  banger vm set web --nat                  let it reach the world, from now on
+  banger vm set web --no-nat --wait        cut it off; connections that stand go, too""")  # fmt: skip
+@click.argument("vm", metavar="NAME")
+@click.option("--vcpu", type=click.IntRange(1), help="Virtual CPUs.")
+@click.option("--memory", "memory_mib", type=size, help="RAM: 512M, 2G (MiB by default).")
+@click.option("--disk-size", "disk_mib", type=size, help="Size of the disk at /root.")
+@click.option("--nat/--no-nat", default=None, help="Let it reach the network, or not.")
+@wait_options
+@key_option
+@click.pass_obj
+def set_(
+    out: Out, /, vm: str, waits: bool, on_interrupt: str | None, key: str | None, **changes: int | bool | None
+) -> int:
+    """Change what a VM is asked to be.
+
+    CPUs and memory change at its next start, NAT at once for one on a bridge, the disk while it is stopped.
+    """
+    if all(value is None for value in changes.values()):
+        raise click.UsageError(
+            "Say what to change: --vcpu, --memory, --disk-size, --nat or --no-nat.",
+            click.get_current_context(),
+        )
+    ask = functools.partial(wire.call, "vm.set", key=key, **changes)
+    nat = "has NAT now" if changes["nat"] else "is cut off now"
+    ends = Ends("is changed" if changes["nat"] is None else nat, "is so already")
+    return _on_each(out, (vm,), ask, ends if waits else None, on_interrupt)

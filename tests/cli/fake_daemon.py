@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import json
 import os
@@ -103,25 +104,26 @@ def _frame(client: socket.socket, lock: threading.Lock, kind: bytes, payload: by
 
 def _execute(client: socket.socket, frames: Any, params: Json) -> None:
     lock = threading.Lock()
+    argv = params.get("argv") or [base64.b64decode(word) for word in params["raw"]]
     with contextlib.ExitStack() as streams:
-        if params["tty"]:
+        if params.get("tty"):
             master, slave = pty.openpty()
             streams.callback(os.close, master)
             termios.tcsetwinsize(slave, (params["rows"], params["cols"]))
-            child = subprocess.Popen(
-                params["argv"], stdin=slave, stdout=slave, stderr=slave, start_new_session=True
-            )
+            child = subprocess.Popen(argv, stdin=slave, stdout=slave, stderr=slave, start_new_session=True)
             os.close(slave)
             sources, sink = [(b"o", master)], master
         else:
-            child = streams.enter_context(_piped(params["argv"]))
+            child = streams.enter_context(_piped(argv))
             assert child.stdin
             assert child.stdout
             assert child.stderr
             sources = [(b"o", child.stdout.fileno()), (b"r", child.stderr.fileno())]
             sink = child.stdin.fileno()
         pumps = [threading.Thread(target=_pump, args=(client, lock, *each), daemon=True) for each in sources]
-        pumps.append(threading.Thread(target=_obey, args=(frames, child, sink, params["tty"]), daemon=True))
+        pumps.append(
+            threading.Thread(target=_obey, args=(frames, child, sink, params.get("tty", False)), daemon=True)
+        )
         for pump in pumps:
             pump.start()
         code = child.wait()
@@ -132,7 +134,7 @@ def _execute(client: socket.socket, frames: Any, params: Json) -> None:
         pumps[-1].join()
 
 
-def _piped(argv: list[str]) -> subprocess.Popen[bytes]:
+def _piped(argv: list[Any]) -> subprocess.Popen[bytes]:
     pipe = subprocess.PIPE
     return subprocess.Popen(argv, stdin=pipe, stdout=pipe, stderr=pipe, start_new_session=True)
 

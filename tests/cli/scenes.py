@@ -13,6 +13,7 @@ SPEC = {
     "memory_mib": 3007,
     "disk_mib": 8192,
     "nat": False,
+    "network": "user",
     "ephemeral": False,
 }
 MADE = {"op": "op-1", "vm": "vm-1", "name": "web", "spec": SPEC}

@@ -17,12 +17,17 @@ from tests.cli.fake_daemon import FakeDaemon
 EXEC = [*ARGV, "vm", "exec", "web"]
 
 
+@pytest.fixture(autouse=True)
+def _without_workspace(daemon: FakeDaemon) -> None:
+    daemon.answers["vm.show"] = {"vm": {"workspace": None}}
+
+
 def test_words_arrive_exactly(banger: Banger, daemon: FakeDaemon) -> None:
     """Words after -- reach the guest as they were typed, ours-looking ones and dashes too."""
     words = ["printf", "%s|", "a b", "", "--json", "-t", "--", "$HOME", "'\"", "é\n"]
     ran = banger("vm", "exec", "web", "--", *words)
     assert ran.stdout == "a b||--json|-t|--|$HOME|'\"|é\n|"
-    assert daemon.asked("vm.exec") == [{"vm": "web", "argv": words, "tty": False}]
+    assert daemon.asked("vm.exec") == [{"vm": "web", "argv": words, "plain": True}]
 
 
 @pytest.mark.parametrize(("script", "code"), [("exit 0", 0), ("exit 37", 37), ("kill -TERM $$", 143)])
@@ -113,9 +118,9 @@ def test_third_ctrl_c_leaves(daemon: FakeDaemon) -> None:
 
 
 def test_terminal_is_the_guests(daemon: FakeDaemon, terminals: list[Terminal]) -> None:
-    """With -t the command has a terminal of our size, and all keys; ours is put back as it was."""
+    """On a terminal the command has one of our size, and all keys; ours is put back as it was."""
     script = "trap 'echo; stty size; exit 7' INT; stty size; read line; echo \"got $line\"; sleep 20"
-    terminal = Terminal([*EXEC, "-t", "--", "bash", "-c", script])
+    terminal = Terminal([*EXEC, "--", "bash", "-c", script])
     terminals.append(terminal)
     terminal.expect("33 99\r\n")
     terminal.type(b"hello\r")
@@ -137,11 +142,59 @@ def test_terminal_is_restored_by_sigterm(daemon: FakeDaemon, terminals: list[Ter
 
 
 def test_terminal_is_not_read_unasked(daemon: FakeDaemon, terminals: list[Terminal]) -> None:
-    """Without -t or -i the keys on a terminal stay there: the command's input is at its end."""
-    terminal = Terminal([*EXEC, "--", "sh", "-c", "cat; echo end"])
+    """With -T and without -i the keys on a terminal stay there: the command's input is at its end."""
+    terminal = Terminal([*ARGV, "vm", "exec", "-T", "web", "--", "sh", "-c", "cat; echo end"])
     terminals.append(terminal)
     terminal.expect("end")
     assert terminal.end() == 0
+
+
+def test_hard_words_arrive_exactly(banger: Banger, daemon: FakeDaemon) -> None:
+    """Words with line ends and with bytes that are no UTF-8 arrive as they are."""
+    words = [b"printf", b"%s|", b"a\nb\n", bytes(range(1, 256)), b""]
+    ran = subprocess.run([*EXEC, "--", *words], capture_output=True, check=True, timeout=30)
+    assert ran.stdout == b"a\nb\n|" + bytes(range(1, 256)) + b"||"
+
+
+@pytest.mark.parametrize(
+    ("words", "complaint"),
+    [
+        (["--", "a" * 100_000, *["b" * 100_000] * 5], "too long"),
+        (["-e", "A-B=1", "--", "true"], "no name of a variable"),
+        (["-e", "A", "--", "true"], "-e NAME=VALUE"),
+        (["--timeout", "soon", "--", "true"], "no time"),
+        (["--timeout", "0", "--", "true"], "no time"),
+        (["-d", "-t", "--", "true"], "-d does not go with -t"),
+    ],
+)
+def test_nonsense_is_refused(banger: Banger, daemon: FakeDaemon, words: list[str], complaint: str) -> None:
+    """What cannot be meant is refused with 2 before anything is asked of the daemon."""
+    ran = banger("vm", "exec", "web", *words)
+    assert (ran.returncode, daemon.asked("vm.exec")) == (2, [])
+    assert complaint in ran.stderr
+
+
+def test_start_is_passed_on(banger: Banger, daemon: FakeDaemon) -> None:
+    """Variables, directory, user and time limit reach the daemon."""
+    banger(
+        "vm",
+        "exec",
+        "-e",
+        "A=1=2",
+        "-e",
+        "B=",
+        "-w",
+        "/srv",
+        "-u",
+        "me",
+        "--timeout",
+        "2m",
+        "web",
+        "--",
+        "true",
+    )
+    given = {"environ": [["A", "1=2"], ["B", ""]], "directory": "/srv", "user": "me", "timeout_s": 120.0}
+    assert daemon.asked("vm.exec") == [{"vm": "web", "argv": ["true"], "tty": False, **given}]
 
 
 def test_ssh(banger: Banger, daemon: FakeDaemon, tmp_path: Path, terminals: list[Terminal]) -> None:

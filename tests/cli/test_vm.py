@@ -13,7 +13,7 @@ from tests.cli.conftest import ARGV, Banger, Terminal
 from tests.cli.fake_daemon import FakeDaemon
 
 Json = dict[str, Any]
-SPEC_LINE = "spec: name=web image=debian-12 vcpu=1 memory=3007MiB disk=8192MiB nat=off"
+SPEC_LINE = "spec: name=web image=debian-12 vcpu=1 memory=3007MiB disk=8192MiB network=user nat=off"
 VM = {
     **scenes.SPEC,
     "id": "vm-1",
@@ -22,6 +22,9 @@ VM = {
     "created_us": 1,
     "started_us": None,
     "ssh_port": 2222,
+    "root_disk": "overlay",
+    "address": None,
+    "workspace": None,
     "pid": 7,
     "reason": "a\nb",
     "op": None,

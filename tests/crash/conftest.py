@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -11,6 +12,20 @@ from tests.crash.world import World
 
 MATRIX = pytest.StashKey[str]()
 """What the crash matrix has to say at the end of the run."""
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Tell the process that prints, where several run side by side."""
+    if MATRIX in session.config.stash and hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["matrix"] = session.config.stash[MATRIX]
+
+
+@pytest.hookimpl(optionalhook=True)  # of pytest-xdist
+def pytest_testnodedown(node: Any) -> None:
+    """Hear what one of several processes has to say."""
+    said = getattr(node, "workeroutput", {}).get("matrix")
+    if said is not None:
+        node.config.stash[MATRIX] = said
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:

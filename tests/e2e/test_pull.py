@@ -16,7 +16,7 @@ from banger.testing.home import Home
 from banger.testing.registry import Registry
 from tests.guest import roots
 from tests.guest.conftest import NAME
-from tests.guest.test_ownership import archive_of, differing, expected, seen
+from tests.guest.test_ownership import archive_of, differing, expected, odd_members, seen
 
 pytestmark = pytest.mark.guest
 
@@ -49,8 +49,23 @@ def without_disks(tar: Path, out: Path) -> bytes:
     return out.read_bytes()
 
 
+def home_members() -> list[tarfile.TarInfo]:
+    """Give what /root is to have: everything that is odd, under names that no shell likes."""
+    members = [member for member in odd_members() if not member.isblk()]
+    for member in members:
+        member.name = member.name.replace("srv/", "root/", 1)
+        member.linkname = member.linkname.replace("srv/", "root/", 1)
+    return members
+
+
+def in_home(script: str) -> str:
+    """Turn a script that lists a guest's root into one that lists its /root."""
+    script = script.replace("find / -xdev -printf '", "find /root -xdev -mindepth 1 -printf 'root/")
+    return script.replace('os.walk(b"/"', 'os.walk(b"/root"')
+
+
 def upper_layer() -> bytes:
-    """Make a second layer: a file replaced, one taken away, a directory emptied, and one more."""
+    """Make a second layer: a file replaced, one taken away, a directory emptied, one more, an odd /root."""
     out = io.BytesIO()
     with tarfile.open(fileobj=out, mode="w", format=tarfile.PAX_FORMAT) as tar:
         for name, content, mode in (
@@ -62,11 +77,13 @@ def upper_layer() -> bytes:
             member = tarfile.TarInfo(name)
             member.size, member.mode, member.uid = len(content), mode, 33
             tar.addfile(member, io.BytesIO(content))
+        for member in home_members():
+            tar.addfile(member)
     return out.getvalue()
 
 
 def test_a_pulled_debian_is_what_its_layers_say(home: Home, registry: Registry, tmp_path: Path) -> None:
-    """Owner, mode, size, link, device, attributes of every entry are as in the layers, whiteouts applied."""
+    """Owner, mode, size, link, device, attributes of every entry are as in the layers; also in /root."""
     default = base.path_of(debian.build(debian.RECIPES[NAME], home.dirs.cache))
     whole = archive_of(default, tmp_path / "whole.tar")
     lower = without_disks(whole, tmp_path / "lower.tar")
@@ -82,6 +99,12 @@ def test_a_pulled_debian_is_what_its_layers_say(home: Home, registry: Registry, 
     wanted[b"usr/share/misc/only"] = (b"f", 0o4755, 33, 0, 4, b"", (0, 0), {})
     assert len(wanted) > 8000
     assert differing(wanted, seen(functools.partial(inside, home, "web"))) == {}
+    (tmp_path / "upper.tar").write_bytes(upper_layer())
+    wanted = {path: what for path, what in expected(tmp_path / "upper.tar").items() if path[:5] == b"root/"}
+    found = seen(lambda script: inside(home, "web", in_home(script)))
+    given = {b"root/.bashrc", b"root/.profile", b"root/.ssh", b"root/.ssh/authorized_keys"}
+    assert set(found) - set(wanted) == given
+    assert {path: found[path] for path in wanted} == wanted
     shown = home.json("image", "show", "deb")["image"]
     assert shown["details"]["manifest"].startswith("sha256:")
     assert shown["op"] == home.json("ops", "list")["ops"][-1]["id"]

@@ -21,6 +21,7 @@ from banger.events import queries, upcast, work
 from banger.events import vocabulary as ev
 from banger.events.fold import fold_op
 from banger.events.log import EventLog
+from banger.events.projections import vm_decoder
 from banger.events.verify import verify_log
 
 SCHEMA_1 = Path(__file__).with_name("data") / "schema-1.sql"
@@ -41,7 +42,9 @@ def opened(dirs: config.Dirs) -> EventLog:
 
 
 def projected(db: sqlite3.Connection, table: str, columns: str) -> Rows:
-    return sorted(db.execute(f"SELECT {columns} FROM {table}"), key=repr)
+    """Give a projection's rows; a VM as a value, since it has more fields today."""
+    rows = sorted(db.execute(f"SELECT {columns} FROM {table}"), key=repr)
+    return [(*row[:-1], vm_decoder.decode(row[-1])) for row in rows] if table == "vm" else rows
 
 
 COLUMNS = {

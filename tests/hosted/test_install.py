@@ -15,7 +15,7 @@ from banger import proc
 from banger.testing.hosted import Hosted
 from banger.testing.hosted_install import PYTHON
 
-pytestmark = [pytest.mark.guest, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.guest, pytest.mark.long, pytest.mark.timeout(900)]
 
 ROOT = Path(__file__).parents[2]
 CHECKOUT = "/srv/checkout"

@@ -277,12 +277,14 @@ def test_a_root_disk_lives_through_stops_and_the_helpers_death(hosted: Hosted) -
     assert _ask(hosted, "7", "list") == {"held": [], "found": []}
 
 
+@pytest.mark.long
 def test_killed_between_any_two_effects_nothing_is_left(hosted: Hosted) -> None:
     """Killed before or after each effect, on the real kernel, the next request completes or removes it."""
     killed = int(hosted.python(HANDLERS + KILLS, timeout_s=240))
     assert killed >= 12 + 2
 
 
+@pytest.mark.long
 def test_what_was_made_by_halves_or_by_others(hosted: Hosted) -> None:
     """A device without table or node is completed; one in use or another's is refused and stays."""
     said = hosted.python(HANDLERS + HALVES, timeout_s=120).splitlines()
@@ -292,6 +294,7 @@ def test_what_was_made_by_halves_or_by_others(hosted: Hosted) -> None:
     ]
 
 
+@pytest.mark.long
 def test_h36_one_that_is_full_is_said_to_be_lost(hosted: Hosted) -> None:
     """With room for every chunk it never fills; with less it fails, is listed as lost, and stays refused."""
     enough, short, refusal = _parts(hosted.python(HANDLERS + FULL, timeout_s=120).splitlines())

@@ -21,11 +21,12 @@ from banger.images.bundle import Bundle, Limits
 from banger.images.remote import download
 from banger.model import Artifact
 from banger.storage import ext4
+from tests.images import tiny
 from tests.images.serving import Site, serving
 
 SMALL = Limits(bundle_bytes=1 << 20, unpacked_bytes=8 << 20)
 ROOT = "root.squashfs"
-CONTENT = b"hsqs" + bytes(range(256)) * 40
+CONTENT = tiny.squashfs()
 BZIMAGE = bytes(0x1FE) + b"\x55\xaa\x00\x00HdrS" + bytes(4096)
 
 
@@ -347,7 +348,7 @@ def test_a_cancelled_unpacking_leaves_the_bundle_only(tmp_path: Path) -> None:
 
 # -- over HTTP ------------------------------------------------------------------------------
 
-LARGE = b"hsqs" + os.urandom(600_000)
+LARGE = CONTENT + os.urandom(600_000)
 WEB = packed(manifest({ROOT: len(LARGE)}) + entry(ROOT.encode(), LARGE) + END)
 
 

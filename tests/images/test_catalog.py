@@ -107,6 +107,8 @@ WRONG = {
     "a size that is text": (listing(bundle="x", sha256=SHA) + "size = '1'\n", "size"),
     "a name with a slash": (listing(name="../x", recipe="x"), "not a valid image name"),
     "a name with a line's end": ('[[image]]\nname = "x\\n"\nrecipe = "x"', "not a valid image name"),
+    "a kernel beside a recipe": (listing(recipe="x", kernel="y"), "names a `kernel`"),
+    "a kernel that is no name": (listing(reference="x", kernel="../y"), "not a valid kernel name"),
     "a name twice": (listing(recipe="x") + listing(recipe="y"), "more than one"),
     "a file address": (pinned("file:///etc/passwd"), "not an http"),
     "an address of a socket": (pinned("http+unix://%2Frun%2Fx.sock/x"), "not an http"),

@@ -141,6 +141,7 @@ def test_a_file_that_changed_is_not_promoted(tmp_path: Path, root: Path) -> None
         f"images/{image.digest}",
         f"images/{image.digest}/base.img",
         f"images/{image.digest}/manifest.json",
+        f"images/{image.digest}/seed.tar",
     ]
 
 
@@ -167,9 +168,8 @@ def test_a_promotion_can_be_cancelled(tmp_path: Path, root: Path) -> None:
 @pytest.mark.skipif(os.getuid() != 0, reason="only root may mount a small disk")
 def test_a_full_disk_stops_a_promotion(tmp_path: Path, root: Path) -> None:
     """It is told as such; half of the copy does not stay."""
-    with root.open("r+b") as file:
-        file.seek(1 << 20)
-        file.write(os.urandom(8 << 20))
+    (tmp_path / "tree" / "large").write_bytes(os.urandom(8 << 20))
+    proc.run(["mkfs.ext4", "-q", "-F", "-d", str(tmp_path / "tree"), str(root), "64M"])
     (small := tmp_path / "small").mkdir()
     proc.run(["mount", "-t", "tmpfs", "-o", "size=4M", "banger-test", str(small)])
     try:

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import msgspec
 
+from banger import config
 from banger.errors import BangerError, InvalidImage, from_os_error
 from banger.images.layers import inflate, sandbox
 from banger.images.layers.tape import Tape
@@ -42,6 +43,19 @@ class Limits(Value):
     text: int = 32 << 20
     extra: int = 1 << 20
     timeout_s: float = 600.0
+
+    @classmethod
+    def of(cls, settings: config.Limits) -> Limits:
+        """Give those that the user has set."""
+        return cls(
+            entries=settings.entries,
+            size=settings.content_mib << 20,
+            ratio=settings.ratio,
+            ratio_from=settings.ratio_from_mib << 20,
+            text=settings.names_mib << 20,
+            extra=settings.headers_kib << 10,
+            timeout_s=settings.reading_s,
+        )
 
 
 class Job(Value):

@@ -47,7 +47,7 @@ class Bounds:
         if self.given > self.size:
             raise InvalidImage(
                 f"It unpacks to more than {self.size >> 20} MiB.",
-                hint="The limit is a setting; raise it if you trust the image.",
+                hint="`[limits]` in config.toml: `content_mib` of images, `bundle_content_mib` of bundles.",
             )
         if self.given > max(self.floor, self.ratio * read):
             raise InvalidImage(

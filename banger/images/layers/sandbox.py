@@ -10,6 +10,7 @@ import ctypes
 import errno
 import os
 import resource
+import stat
 import struct
 from collections.abc import Iterable
 
@@ -18,7 +19,7 @@ _VERSION = 1  # flag of landlock_create_ruleset: tell the ABI instead
 _PATH_BENEATH = 1
 _SET_NO_NEW_PRIVS = 38  # prctl(2)
 
-_WRITE_FILE, _READ_FILE, _READ_DIR = 1 << 1, 1 << 2, 1 << 3
+_EXECUTE, _WRITE_FILE, _READ_FILE, _READ_DIR = 1 << 0, 1 << 1, 1 << 2, 1 << 3
 _READ = _READ_FILE | _READ_DIR
 _RIGHTS = {1: 13, 2: 14, 3: 15, 5: 16}
 """How many rights to files each ABI that brought new ones knows; they are numbered from 0."""
@@ -34,10 +35,11 @@ def landlock_version() -> int:
     return max(int(_libc.syscall(_CREATE_RULESET, None, ctypes.c_size_t(0), _VERSION)), 0)
 
 
-def confine(*, read: Iterable[str] = ()) -> bool:
+def confine(*, read: Iterable[str] = (), run: Iterable[str] = ()) -> bool:
     """Take every right to open files, make any, or reach the network, but to read below `read`.
 
-    Descriptors that are open stay usable. False when the kernel has no Landlock.
+    What is below `run` may also be executed, under the same restrictions. Descriptors that are open stay
+    usable. False when the kernel has no Landlock.
     """
     version = landlock_version()
     if not version:
@@ -46,6 +48,8 @@ def confine(*, read: Iterable[str] = ()) -> bool:
     try:
         for path in read:
             _allow(ruleset, path, _READ)
+        for path in run:
+            _allow(ruleset, path, _READ | _EXECUTE)
         _check(_libc.prctl(_SET_NO_NEW_PRIVS, 1, 0, 0, 0))
         _check(_libc.syscall(_RESTRICT_SELF, ruleset, 0))
     finally:
@@ -82,12 +86,14 @@ def _create_ruleset(version: int) -> int:
 
 
 def _allow(ruleset: int, path: str, rights: int) -> None:
-    """Allow rights below a directory; one that cannot be reached needs none."""
+    """Allow rights to a file, or below a directory; one that cannot be reached needs none."""
     try:
-        fd = os.open(path, os.O_PATH | os.O_CLOEXEC | os.O_DIRECTORY)
+        fd = os.open(path, os.O_PATH | os.O_CLOEXEC)
     except OSError:
         return
     try:
+        if not stat.S_ISDIR(os.fstat(fd).st_mode):
+            rights &= ~_READ_DIR
         rule = struct.pack("=Qi", rights, fd)
         _check(_libc.syscall(_ADD_RULE, ruleset, _PATH_BENEATH, rule, 0))
     finally:

@@ -95,7 +95,7 @@ class Writer:
         if self.written + size > self._most:
             raise InvalidImage(
                 f"Its files come to more than {self._most >> 20} MiB.",
-                hint="The limit is a setting; raise it if you trust the image.",
+                hint="`content_mib` of `[limits]` in config.toml is the limit; raise it if you trust it.",
             )
 
 

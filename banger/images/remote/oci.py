@@ -9,7 +9,7 @@ import msgspec
 
 from banger.model import Value
 
-VERSION = 1
+VERSION = 2
 """Counts changes of how artifacts are made from layers; part of their digest."""
 
 

@@ -14,7 +14,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from banger import layout
+from banger import config, layout
 from banger.errors import (
     Cancelled,
     InvalidImage,
@@ -55,6 +55,19 @@ class Limits(Value):
     min_bytes_s: int = 1024
     parallel: int = 3
     retries: int = 5
+
+    @classmethod
+    def of(cls, settings: config.Limits) -> Limits:
+        """Give those that the user has set."""
+        return cls(
+            image_bytes=settings.download_mib << 20,
+            manifest_bytes=settings.manifest_kib << 10,
+            config_bytes=settings.image_config_kib << 10,
+            inactivity_s=settings.silence_s,
+            min_bytes_s=settings.slowest_bytes_s,
+            parallel=settings.parallel,
+            retries=settings.retries,
+        )
 
 
 def pull(
@@ -189,7 +202,7 @@ class _Errand:
         if total > limits.image_bytes:
             raise InvalidImage(
                 f"The image has {layout.size(total)}; {layout.size(limits.image_bytes)} are allowed.",
-                hint="The limit is a setting.",
+                hint="`download_mib` of `[limits]` in config.toml is the limit.",
             )
         path = self._blob(_blob(found.config), lambda _: None)
         return manifest.parse_config(path.read_bytes(), len(found.layers))

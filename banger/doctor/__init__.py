@@ -9,14 +9,17 @@ import os
 import pwd
 import re
 import shutil
+import socket
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Literal
 
-from banger import config, proc
+from banger import config, layout, proc
+from banger.doctor import bridge, installed, root
+from banger.doctor.findings import Check, Host, Status
 from banger.errors import BangerError
 from banger.events import queries, verify
-from banger.model import Value
+from banger.network.user import HOST_ADDRESS
 from banger.vmm import accelerator
 
 # What the first run writes: image 0.5 GiB, kernel 0.1, and as much again while they are built.
@@ -34,29 +37,12 @@ PROGRAMS = (
     ("fakeroot", "fakeroot", "keeps owners in images that are built without root"),
     ("mkfs.ext4", "e2fsprogs", "makes disks"),
     ("e2fsck", "e2fsprogs", "checks disks"),
+    ("resize2fs", "e2fsprogs", "lets disks grow"),
     ("debugfs", "e2fsprogs", "looks into disks"),
     ("tar2sqfs", "squashfs-tools-ng", "writes images"),
     ("ssh", "openssh-client", "opens shells in VMs"),
     ("setsid", "util-linux", "detaches VMs"),
 )
-
-Status = Literal["pass", "warn", "fail"]
-
-
-class Check(Value):
-    """What was looked at, how it is, what was found, and what to do about it."""
-
-    name: str
-    status: Status
-    detail: str
-    hint: str | None = None
-
-
-class Host(Value):
-    """Whose host is examined."""
-
-    dirs: config.Dirs
-    config: config.Config
 
 
 def examine(dirs: config.Dirs, settings: config.Config) -> list[Check]:
@@ -262,6 +248,55 @@ def _capacity(host: Host) -> Iterator[Check]:
     yield Check(name="capacity", status="pass", detail=detail)
 
 
+def _auto_stop(host: Host) -> Iterator[Check]:
+    after_s = config.stale_after_s(host.config)
+    detail = "never" if after_s is None else f"VMs that nobody uses for {layout.seconds(after_s)}"
+    yield Check(name="auto-stop", status="pass", detail=detail)
+
+
+def _names(host: Host) -> Iterator[Check]:
+    """Look who has the port on which the daemon answers for `*.vm`."""
+    where = f"{HOST_ADDRESS}:{host.config.dns_port}"
+    if not config.dns_wanted(host.config):
+        yield Check(name="names", status="pass", detail="off: `dns` is not set, root's helper is not there")
+    elif _is_free(host.config.dns_port):
+        yield Check(name="names", status="pass", detail=f"the daemon will answer for *.vm on {where}")
+    elif _daemon_has(host.dirs, host.config.dns_port):
+        yield Check(name="names", status="pass", detail=f"the daemon answers for *.vm on {where}")
+    else:
+        yield Check(
+            name="names",
+            status="warn",
+            detail=f"another program has {where}: nobody answers for *.vm",
+            hint="Set another dns_port in config.toml and run `banger daemon stop`; VMs work without names.",
+        )
+
+
+def _is_free(port: int) -> bool:
+    """Try to have a port for a moment, over UDP and TCP."""
+    for kind in (socket.SOCK_DGRAM, socket.SOCK_STREAM):
+        with socket.socket(socket.AF_INET, kind) as probe:
+            if kind is socket.SOCK_STREAM:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # what has just ended is no rival
+            try:
+                probe.bind((HOST_ADDRESS, port))
+            except OSError:
+                return False
+    return True
+
+
+def _daemon_has(dirs: config.Dirs, port: int) -> bool:
+    """Tell whether the UDP socket on a port is one of the daemon's (proc(5), /proc/net/udp)."""
+    address = f"{int.from_bytes(socket.inet_aton(HOST_ADDRESS), sys.byteorder):08X}:{port:04X}"
+    rows = [row.split() for row in Path("/proc/net/udp").read_text("ascii").splitlines()]
+    sockets = {f"socket:[{row[9]}]" for row in rows if row[1] == address}
+    try:
+        files = list(Path(f"/proc/{int(dirs.daemon_lock.read_text('ascii'))}/fd").iterdir())
+        return any(str(file.readlink()) in sockets for file in files)
+    except (OSError, ValueError):
+        return False
+
+
 def _event_log(host: Host) -> Iterator[Check]:
     """Check what the daemon checks before it writes: the newest rows."""
     if not host.dirs.database.exists():
@@ -290,17 +325,6 @@ def _stuck_operations(host: Host) -> Iterator[Check]:
         yield Check(name="operations", status="pass", detail="None is stuck.")
 
 
-def _offered(_: Host) -> Iterator[Check]:
-    """Tell what this host would offer beyond what banger uses: nothing of it is needed."""
-    firecracker = shutil.which("firecracker", path=proc.SEARCH_PATH)
-    for name, found in (
-        ("tun device", Path("/dev/net/tun").exists()),
-        ("device-mapper", Path("/dev/mapper/control").exists()),
-        ("Firecracker", firecracker is not None),
-    ):
-        yield Check(name=name, status="pass", detail=f"{'present' if found else 'absent'}, not needed")
-
-
 EXAMINATIONS: tuple[Callable[[Host], Iterator[Check]], ...] = (
     _config_file,
     _directories,
@@ -313,7 +337,11 @@ EXAMINATIONS: tuple[Callable[[Host], Iterator[Check]], ...] = (
     _acceleration,
     _sizes,
     _capacity,
+    _auto_stop,
+    _names,
     _event_log,
     _stuck_operations,
-    _offered,
+    root.examine,
+    bridge.examine,
+    installed.examine,
 )
