@@ -11,12 +11,12 @@ import pytest
 from banger import proc
 from banger.tasks import vm
 from banger.testing.crash import Point, Trap, Victim
-from tests.crash.world import World
+from tests.crash.world import World, steps_of
 
 pytestmark = [pytest.mark.guest, pytest.mark.timeout(600)]
 
-STEPS = [step.name for step in vm.CREATE.steps]
-UNDONE = [step.name for step in vm.CREATE.steps if step.undo is not None]
+STEPS = [step.name for step in steps_of(vm.CREATE)]
+UNDONE = [step.name for step in steps_of(vm.CREATE) if step.undo is not None]
 
 
 @pytest.mark.parametrize("step", STEPS[1:])

@@ -6,7 +6,7 @@ import pytest
 
 from banger.tasks import vm
 from tests.crash.test_create import STEPS, UNDONE
-from tests.crash.world import World
+from tests.crash.world import World, steps_of
 
 pytestmark = [pytest.mark.guest, pytest.mark.timeout(600)]
 
@@ -14,7 +14,7 @@ CASES = [
     (pipeline.kind, step.name)
     for pipeline in vm.PIPELINES
     if pipeline.kind in ("vm.start", "vm.stop", "vm.restart", "vm.kill", "vm.delete")
-    for step in pipeline.steps
+    for step in steps_of(pipeline)
 ]
 DEATHS = 2 * (len(CASES) + len(STEPS[1:]) + len(UNDONE))
 """A worker's, then the daemon's, in each of the cases here and in `test_create`."""

@@ -8,9 +8,20 @@ from pathlib import Path
 from banger.events import queries
 from banger.events import vocabulary as ev
 from banger.events.log import EventLog
+from banger.model import VmSpec
+from banger.tasks import monitor, network, snapshot
+from banger.tasks.pipeline import Pipeline, Step
 from banger.testing import crash
 from banger.testing.crash import Point, Trap, Victim
 from banger.testing.home import Home
+
+_PLAIN = VmSpec(name="web", image="i", kernel="k", vcpu=1, memory_mib=256, disk_mib=64)
+_NOT_FOR_IT = network.not_for(_PLAIN) | snapshot.not_for(_PLAIN) | monitor.LEFT_OUT["qemu"]
+
+
+def steps_of(pipeline: Pipeline) -> list[Step]:
+    """List the steps of an operation on a VM that needs nothing of root."""
+    return [step for step in pipeline.steps if step.name not in _NOT_FOR_IT]
 
 
 class World:
