@@ -84,7 +84,7 @@ def test_readme() -> None:
                 case "vm exec web -- cat /etc/os-release":
                     assert 'PRETTY_NAME="Debian GNU/Linux 12 (bookworm)"\n' in out
                 case "ps":
-                    assert re.search(r"^web +running +debian-12 .* 127\.0\.0\.1:\d+$", out, re.MULTILINE)
+                    assert re.search(r"^web +running +debian-12 .* 127\.0\.0\.1:\d+ +-$", out, re.MULTILINE)
                 case "ops list":
                     assert re.search(rf"^{op} +vm\.create +web +done ", out, re.MULTILINE)
                 case "ops show op-XXXXXX":
