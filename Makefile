@@ -15,7 +15,7 @@ demo: .venv/runtime ## boot a throw-away VM and run a command in it
 	$(bin)/banger vm run --rm -- uname -a
 
 test: lint ## check everything: lint, then all tests, on real guests
-	$(bin)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadgroup
+	$(bin)/python -m pytest
 
 test-long: .venv/dev ## the tests that take minutes each, in a guest that is a whole host
 	$(bin)/python -m pytest -m long tests/hosted
