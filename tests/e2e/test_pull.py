@@ -24,7 +24,7 @@ pytestmark = pytest.mark.guest
 @pytest.fixture
 def home(tmp_path: Path) -> Iterator[Home]:
     with Home() as home:
-        home.configure("memory_mib = 256\n")
+        home.configure("memory_mib = 256\ngit_identity = false\n")  # what is compared is the image's
         yield home
 
 
