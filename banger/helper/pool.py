@@ -241,12 +241,16 @@ class Pool:
         return None
 
 
+# msgspec (0.22) looks at a type when it first decodes one, and two threads that do so at once crash it.
+_REQUEST = msgspec.json.Decoder(Request)
+
+
 def _decode(packet: Packet) -> Request:
     """Read a request. Raises InvalidRequest naming what is wrong with it."""
     if not packet.whole:
         raise InvalidRequest("The request is larger, or has more descriptors, than is allowed.")
     try:
-        return msgspec.json.decode(packet.data, type=Request)
+        return _REQUEST.decode(packet.data)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise InvalidRequest(f"The request is not valid: {error}") from None
 
