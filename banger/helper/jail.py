@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import time
@@ -282,7 +283,20 @@ def _take_tap_back(host: Host, ledger: Ledger, uid: int, vm: str) -> None:
         return
     for tap in ledger.of_vm(uid, vm, "tap"):
         if _is_there(host, tap):
-            host.jails.give_tap(tap.name, uid)
+            _give_back(host, tap.name, uid)
+
+
+def _give_back(host: Host, tap: str, uid: int) -> None:
+    """Wait until whoever had the tap open has let go of it: tun(4) knows one at a time."""
+    deadline = time.monotonic() + END_S
+    while True:
+        try:
+            host.jails.give_tap(tap, uid)
+            return
+        except OSError as error:
+            if error.errno != errno.EBUSY or time.monotonic() >= deadline:
+                raise
+        time.sleep(LOOK_S)
 
 
 def _end(host: Host, jail: str) -> None:
