@@ -22,12 +22,14 @@ MARGIN = 1.5
 _ONCE = """
 import resource, sys, tempfile
 from pathlib import Path
+from banger.config import Limits
 from banger.images import pulled
 
-quiet = {"progress": lambda _: None, "cancelled": lambda: False}
+quiet = {"limits": Limits(), "progress": lambda _: None, "cancelled": lambda: False}
 with tempfile.TemporaryDirectory(dir=sys.argv[2]) as place:
-    found = pulled.fetch(sys.argv[1], Path(place, "blobs"), **quiet)
-    pulled.make(found, Path(place), "bench", **quiet)
+    blobs = Path(place, "blobs")
+    found = pulled.fetch(sys.argv[1], blobs, **quiet)
+    pulled.make(found, Path(place), "bench", blobs=blobs, **quiet)
 # Our own maxrss would be that of whoever forked us, before the exec (getrusage(2)); VmHWM is not.
 own = next(line.split()[1] for line in Path("/proc/self/status").open() if line.startswith("VmHWM"))
 print(max(int(own), resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss))
