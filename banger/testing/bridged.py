@@ -118,7 +118,8 @@ class Bridged(Home):
             _must("ip", "-n", namespace, "link", "set", link, "addrgenmode", "none")
             _must("ip", "-n", namespace, "link", "set", link, "up")
         _must("ip", "-n", self.inside, "route", "add", "default", "via", WORLD)
-        _must("ip", "netns", "exec", self.inside, "sysctl", "-qw", "net.ipv4.ip_forward=1")
+        in_it = ("ip", "netns", "exec", self.inside)
+        _must(*in_it, "sh", "-c", "echo 1 > /proc/sys/net/ipv4/ip_forward")
 
 
 def _run(*words: str, timeout_s: float = 30.0) -> subprocess.CompletedProcess[str]:
