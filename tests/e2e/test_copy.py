@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import os
 import random
+import signal
 import stat
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -85,11 +88,17 @@ def test_a_file_there_and_back(home: Home, web: str, tmp_path: Path) -> None:
     assert home.banger("vm", "cp", f"{web}:in", "-").stdout == "by pipe"
 
 
-def cut(client: subprocess.Popen[bytes]) -> None:
-    """Kill who sends a large file when it has read a good part of it: what it has read is on its way."""
+PARTS = "find /root -maxdepth 1 -name '.banger-*' -type f -size +4096k"
+"""Of large files: nothing else that is on its way is that large."""
+
+
+def cut(client: subprocess.Popen[bytes], has_come: Callable[[], bool]) -> None:
+    """Kill who sends a large file when a part of it has come; it stands still while that is looked at."""
     while True:
-        counts = dict(line.split(": ") for line in Path(f"/proc/{client.pid}/io").read_text().splitlines())
-        if int(counts["rchar"]) > 12 * MIB:
+        client.send_signal(signal.SIGCONT)
+        time.sleep(0.03)
+        client.send_signal(signal.SIGSTOP)
+        if has_come():
             break
         assert client.poll() is None, "it was too fast to be cut"
     client.kill()
@@ -99,9 +108,9 @@ def test_a_cut_copy_goes_on(home: Home, web: str, tmp_path: Path) -> None:
     """A large file that is cut half-way stands nowhere; the same command goes on, both ways."""
     source = tmp_path / "large"
     source.write_bytes(random.Random(5).randbytes(40 * MIB))
-    listing = ("vm", "exec", web, "--", "sh", "-c", "cd /root; stat -c %s .banger-* 2> /dev/null; ls large")
+    listing = ("vm", "exec", web, "--", "sh", "-c", f"{PARTS} | xargs -r stat -c %s; cd; ls large")
     with home.start("vm", "cp", str(source), f"{web}:") as client:
-        cut(client)
+        cut(client, lambda: bool(home.banger(*listing).stdout.strip()))
     left = home.banger(*listing)
     assert 0 < int(left.stdout) < 40 * MIB, "a part, and no file named large"
     done = home.banger("vm", "cp", str(source), f"{web}:")
@@ -121,9 +130,10 @@ def test_a_part_that_is_not_ours_is_not_continued(home: Home, web: str, tmp_path
     """A part whose end differs from the file is begun anew, so what arrives is the file."""
     source = tmp_path / "other"
     source.write_bytes(random.Random(6).randbytes(20 * MIB))
+    find = ("vm", "exec", web, "--", "sh", "-c", f"{PARTS} | grep .")
     with home.start("vm", "cp", str(source), f"{web}:") as client:
-        cut(client)
-    part = home.banger("vm", "exec", web, "--", "sh", "-c", "ls /root/.banger-*").stdout.strip()
+        cut(client, lambda: home.banger(*find).returncode == 0)
+    part = home.banger(*find).stdout.strip()
     assert part
     spoil = f"head -c 3000000 /dev/zero > {part}"
     assert home.banger("vm", "exec", web, "--", "sh", "-c", spoil).returncode == 0
