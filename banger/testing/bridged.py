@@ -19,6 +19,7 @@ from typing import Any
 from banger.config import ROOT_SOCKET
 from banger.helper import serve, table
 from banger.helper.host import SEAMS, Host
+from banger.images import debian, kernel
 from banger.testing.home import Home
 from banger.testing.root_pool import START_S, TRUSTED, Deadly, Watched
 
@@ -38,6 +39,9 @@ class Bridged(Home):
 
     def __init__(self, *, pipelines: str | None = None, more: str = ""):
         super().__init__(pipelines=pipelines)
+        # The namespace leads to nobody who has packages.
+        kernel.build(kernel.RECIPES["debian-12"], self.dirs.cache)
+        debian.build(debian.RECIPES["debian-12"], self.dirs.cache)
         self.place = Path(tempfile.mkdtemp(prefix="bgb-", dir=TRUSTED))
         self.place.chmod(0o755)
         self.socket = self.place / "run" / ROOT_SOCKET.name

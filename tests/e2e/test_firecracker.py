@@ -14,7 +14,6 @@ from banger import proc
 from banger.helper import client
 from banger.helper.jails import UIDS
 from banger.helper.requests import JailConnect, JailLaunch, JailRemove, Request
-from banger.images import kernel as kernels
 from banger.tasks import root
 from banger.testing import firecracker_jailed, firecracker_rules, jailer
 from banger.testing.bridged import Bridged
@@ -64,8 +63,6 @@ class Jailing(Bridged):
 @pytest.fixture(scope="module")
 def home() -> Iterator[Jailing]:
     with Jailing(more=FIRECRACKER) as home:
-        # The namespace leads to nobody who has packages.
-        kernels.build(kernels.RECIPES["debian-12"], home.dirs.cache)
         yield home
 
 
